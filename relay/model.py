@@ -1,0 +1,162 @@
+"""What the relay talks about: events, endpoints, deliveries and attempts.
+
+An *event* is what the application posted. Accepting it makes one *delivery* for every endpoint that
+wants it: the promise to bring that event there. Each HTTP request made to keep the promise is an
+*attempt*; what it met is its *outcome*, and what follows from that is the *verdict*.
+
+Nothing here does I/O or reads a clock, so every other module may import it. Points in time are whole
+milliseconds since 1970 (UTC) in names ending `_ms`; lengths of time are in names that say their unit.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Secret:
+    """Text that must not be shown: every printed form of it is masked."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return "Secret('***')"
+
+    def __str__(self) -> str:
+        return "***"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def reveal(self) -> str:
+        """The text itself, for the few places that compute with it."""
+        return self._text
+
+
+class State(StrEnum):
+    """Where a delivery stands (contract 1.2); in flight is not a state, so a crash needs no repair."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    DEAD = "dead"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something that happened in the application; everything here is fixed at acceptance."""
+
+    id: str  # sent as `webhook-id` on every attempt, so receivers can drop repeats
+    type: str
+    timestamp: str  # RFC 3339, as the application gave it
+    data: bytes  # canonical JSON
+    accepted_at_ms: int
+    key: str | None = None  # what `order = "key"` orders by
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """An event on its way into the outbox, with the endpoints that are to get it."""
+
+    event: Event
+    endpoints: tuple[tuple[str, str], ...]  # (endpoint id, format), in the order of the config
+    digest: bytes  # SHA-256 of what is stored, checked again before each send
+    idempotency_key: str | None = None
+    fingerprint: bytes | None = None  # SHA-256 of the content as sent; tells a repeat from a conflict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What the application is told of an event that is kept."""
+
+    id: str
+    type: str
+    timestamp: str
+    endpoints: tuple[str, ...]
+    duplicate: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One request's content before it is signed: what schemes sign and the sender posts."""
+
+    id: str
+    type: str
+    body: bytes
+    content_type: str
+    attempt: int  # 1, 2, …
+    timestamp: int  # seconds since 1970, made anew for every attempt
+    headers: tuple[tuple[str, str], ...] = ()  # the format's own and `traceparent`
+
+
+Headers = Iterable[tuple[str, str]]
+Signer = Callable[[Message], Headers]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """One receiver, with every default filled in and every name resolved."""
+
+    id: str
+    url: str
+    events: tuple[str, ...]  # exact types, `prefix.*` or `*`
+    sign: tuple[Signer, ...] = field(repr=False)
+    retry_schedule: tuple[float, ...]  # seconds before the 1st, 2nd, … retry
+    timeout_seconds: float  # of one attempt, from the look-up to the last byte read
+    concurrency: int
+    format: str = "event"
+    headers: tuple[tuple[str, Secret], ...] = ()
+    description: str = ""
+    source: str = "config"  # or "api"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """One event owed to one endpoint, as claimed for an attempt."""
+
+    handle: tuple[int, int]  # the store's own name for it
+    event: Event
+    endpoint: str
+    format: str
+    attempts: int  # made so far
+    steps: int  # of the retry schedule used up so far
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one attempt met; a network failure is a value here, never an exception."""
+
+    milliseconds: int
+    status: int | None = None  # of a complete response head
+    reason: str | None = None  # a name of contract 6; None is success
+    answer: str | None = None  # the first 1 KiB of the answer's body
+    retry_after: str | None = None  # the header, as the receiver wrote it
+    detail: str | None = None  # one sentence for the operator; may name addresses, so never for API users
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What becomes of the delivery: `PENDING` means again at `due_ms`."""
+
+    state: State
+    steps: int
+    due_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One HTTP request made for a delivery, as it is kept and listed."""
+
+    number: int
+    at_ms: int
+    milliseconds: int
+    status: int | None
+    reason: str | None
+    answer: str | None
