@@ -1,0 +1,27 @@
+"""The API on localhost: HTTP in, HTTP out, no rules. One file per resource; here they become one app."""
+
+from collections.abc import Collection, Sequence
+
+from aiohttp import web
+
+from relay.api.events import LARGEST_BATCH, Events
+from relay.api.guard import guard
+from relay.api.operations import Operations
+from relay.api.state import State
+from relay.model import Secret
+
+
+def make_app(
+    state: State, *, hosts: Collection[str] | None, tokens: Sequence[Secret] = ()
+) -> web.Application:
+    """Join guard and handlers; `hosts` None means a unix socket, which no browser can reach."""
+    app = web.Application(middlewares=[guard(hosts=hosts, tokens=tokens)], client_max_size=LARGEST_BATCH)
+    app.add_routes(Events(state).routes() + Operations(state).routes())
+    return app
+
+
+def make_ops_app(state: State) -> web.Application:
+    """Return health alone, for a second address: a kubelet's probe knows no Host of ours and no token."""
+    app = web.Application()
+    app.add_routes(Operations(state).routes())
+    return app

@@ -1,0 +1,157 @@
+"""The outbox: the durable memory of the relay, and the promise every store of it keeps.
+
+An application's event comes in by `accept`, which answers once the event and its deliveries are on
+disk. A lane takes what is due by `claim`, and gives it back by `record`, with the attempt it made and
+the verdict that followed, or by `release`, unspent. Everything else is looking (`due`, `backlog`,
+`events`, `story`) and housekeeping (`register`, `cancel`, `forget`).
+
+What every store promises:
+
+- What `accept` has returned is kept: a crash or a power cut one instruction later loses nothing. A batch
+  is accepted whole or not at all. When it raises anything but a conflict or `FullError`, it is unknown
+  whether the events are kept.
+- The same idempotency key gives the first receipt again, marked as a duplicate, and makes nothing new,
+  also when both are submitted at the same moment; a different fingerprint under it is a conflict.
+- A delivery is claimed by one lane at a time and is never claimed again before it was recorded or
+  released. After a crash all that was claimed and not recorded is simply due again.
+- `claim` answers in order of due time, then of acceptance, and never more than asked for. Its cost does
+  not grow with what is pending.
+- `record` and `release` act only on what the caller still holds. `record` returns when the outcome is
+  on disk; until then the delivery stays claimed.
+- Stores have no clock: every time comes in as an argument, in milliseconds since 1970.
+- No exception of a store's own library leaves it; what does is named below.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from relay.model import Attempt, Delivery, Event, Receipt, State, Submission, Verdict
+
+
+class OutboxError(Exception):
+    """Something is wrong with the outbox itself; the text is one sentence for the operator."""
+
+
+class HeldError(OutboxError):
+    """Another relay holds the outbox."""
+
+
+class NewerSchemaError(OutboxError):
+    """The outbox was written by a newer relay; it was not touched."""
+
+
+class DamagedError(OutboxError):
+    """The file is not an outbox or is damaged, or its disk fails; what the last commit did is unknown."""
+
+
+class FullError(OutboxError):
+    """There is no room; nothing of this call was kept."""
+
+
+class ConflictError(Exception):
+    """An idempotency key was used before for other content; `indexes` are the places in the batch."""
+
+    def __init__(self, indexes: tuple[int, ...]) -> None:
+        super().__init__(indexes)
+        self.indexes = indexes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backlog:
+    """How much waits for one endpoint, and how much was given up."""
+
+    pending: int
+    dead: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryStory:
+    """One delivery with all its attempts, oldest first."""
+
+    endpoint: str
+    state: State
+    due_ms: int | None
+    attempts: tuple[Attempt, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Story:
+    """One event with everything that was done for it."""
+
+    event: Event
+    deliveries: tuple[DeliveryStory, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """Which events to list, newest first; `before` is the cursor of the page before."""
+
+    limit: int
+    before: int | None = None
+    type: str | None = None
+    endpoint: str | None = None
+    state: State | None = None
+    since_ms: int | None = None
+    until_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """Some of the events asked for, perhaps fewer than the limit, and where to go on."""
+
+    stories: tuple[Story, ...]
+    next_before: int | None
+
+
+class Outbox(Protocol):
+    """The verbs; what they promise is said at the top of this module."""
+
+    async def register(self, endpoints: Sequence[str]) -> dict[str, int]:
+        """Make these the endpoints there are; cancel what waits for others, and return how much of each."""
+        ...
+
+    async def accept(self, submissions: Sequence[Submission]) -> list[Receipt]:
+        """Keep all of these events, or none. Raises ConflictError, FullError, DamagedError."""
+        ...
+
+    async def claim(self, endpoint: str, limit: int, now_ms: int) -> list[Delivery]:
+        """Take up to `limit` deliveries that are due."""
+        ...
+
+    async def record(self, delivery: Delivery, attempt: Attempt, verdict: Verdict) -> None:
+        """Keep what an attempt met and what follows from it."""
+        ...
+
+    async def release(self, deliveries: Sequence[Delivery]) -> None:
+        """Give back what was claimed and not attempted to an end; it is due as before."""
+        ...
+
+    async def due(self, endpoint: str) -> int | None:
+        """Return when the next unclaimed delivery falls due; a time in the past means: claim."""
+        ...
+
+    def trouble(self) -> str | None:
+        """Say in a sentence why nothing can be kept at the moment, if that is so."""
+        ...
+
+    async def backlog(self) -> dict[str, Backlog]: ...
+
+    async def events(self, query: Query) -> Page: ...
+
+    async def story(self, event_id: str) -> Story | None: ...
+
+    async def forget(self, before_ms: int, limit: int) -> bool:
+        """Drop old events that owe nothing, looking at `limit` of them; True if more may be left."""
+        ...
+
+
+@asynccontextmanager
+async def open_outbox(path: Path, *, synchronous: str = "full") -> AsyncIterator[Outbox]:
+    """Open the outbox at `path`, made new if there is none. Raises OutboxError."""
+    from relay.outbox.sqlite import open_sqlite
+
+    async with open_sqlite(path, synchronous=synchronous) as outbox:
+        yield outbox

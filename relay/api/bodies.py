@@ -1,0 +1,60 @@
+"""Bodies of requests: bounded in size and time, and of the type they say."""
+
+import asyncio
+
+from aiohttp import web
+
+from relay import canonical
+from relay.api.problems import Problem
+
+BODY_SECONDS = 30.0
+JSON = "application/json"
+NDJSON = "application/x-ndjson"
+
+
+async def read(request: web.Request, limit: int) -> bytes:
+    """Return the body. Raises 413 over `limit` bytes and 408 when it does not arrive."""
+    if (request.content_length or 0) > limit:
+        raise too_large(limit)
+    content = request.content
+    if content.is_eof():  # small bodies come with their head
+        body = content.read_nowait()
+        if len(body) > limit:
+            raise too_large(limit)
+        return body
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in content.iter_any():
+                size += len(chunk)
+                if size > limit:
+                    raise too_large(limit)
+                chunks.append(chunk)
+    except TimeoutError:
+        raise Problem(
+            408, f"the body did not arrive within {BODY_SECONDS:.0f} s", headers={"Connection": "close"}
+        ) from None
+    return b"".join(chunks)
+
+
+def too_large(limit: int) -> Problem:
+    return Problem(413, f"at most {limit} bytes are taken here")
+
+
+def content_type(request: web.Request, *allowed: str) -> str:
+    """Return the media type of the body. Raises 415 unless it is one of `allowed`."""
+    media_type, _, parameters = request.headers.get("Content-Type", "").partition(";")
+    media_type = media_type.strip().lower()
+    charset = parameters.strip().lower().removeprefix("charset=").strip('"')
+    if media_type not in allowed or charset not in {"", "utf-8"}:
+        raise Problem(415, f"send Content-Type: {' or '.join(allowed)}, in UTF-8")
+    return media_type
+
+
+def parse(body: bytes) -> canonical.JSON:
+    """Return the value of a JSON text. Raises 400."""
+    try:
+        return canonical.parse(body)
+    except canonical.NotJSON as error:
+        raise Problem(400, str(error)) from None

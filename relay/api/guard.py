@@ -1,0 +1,76 @@
+"""Who may talk to the API: every request comes in, and goes on or is refused before its body is read.
+
+Against pages that a browser on the same machine was tricked into (DNS rebinding, forged forms): `Host`,
+`Origin`, `Sec-Fetch-Site`. Against everyone else on the machine: tokens. Whatever happens behind, the
+answer to an error is `application/problem+json`.
+"""
+
+import hmac
+import logging
+from collections.abc import Collection, Sequence
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from relay.api.problems import Problem, of_framework
+from relay.model import Secret
+
+log = logging.getLogger("relay.api")
+
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+def guard(*, hosts: Collection[str] | None, tokens: Sequence[Secret]) -> Middleware:
+    """Return the middleware; `hosts` None means that the listener is a unix socket, which has none."""
+    keys = [token.reveal().encode() for token in tokens]
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            refuse_unfit(request, hosts)
+            if keys and request.path.startswith("/v1"):
+                refuse_unknown(request, keys)
+            return await handler(request)
+        except Problem as problem:
+            return problem.response()
+        except web.HTTPException as error:
+            return of_framework(error).response()
+        except Exception:
+            log.exception("request_failed", extra={"method": request.method, "path": request.path})
+            return Problem(500, "the relay failed on this request; its log says how").response()
+
+    return check
+
+
+def refuse_unfit(request: web.Request, hosts: Collection[str] | None) -> None:
+    """Raise for what a browser was tricked into, and for a body that would have to be unpacked."""
+    headers = request.headers
+    host = headers.get("Host", "").lower()
+    if hosts is not None and host_name(host) not in hosts:
+        raise Problem(421, "the Host header names another host; add it to server.allowed_hosts if it is ours")
+    origin = headers.get("Origin")
+    if origin is not None and origin.lower() != f"http://{host}":
+        raise Problem(403, "pages of other origins may not talk to the relay")
+    if headers.get("Sec-Fetch-Site", "none") not in {"same-origin", "none"}:
+        raise Problem(403, "pages of other sites may not talk to the relay")
+    if "Content-Encoding" in headers:
+        raise Problem(415, "send the body as it is, without Content-Encoding")
+
+
+def refuse_unknown(request: web.Request, keys: Sequence[bytes]) -> None:
+    """Raise unless the request carries one of the tokens; takes as long for every wrong one."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    given = token.strip().encode(errors="surrogateescape")
+    # Every key is compared, so that time tells neither which nor how much of it was right.
+    matches = [hmac.compare_digest(given, key) for key in keys]
+    if scheme.lower() != "bearer" or not any(matches):
+        raise Problem(
+            401, "send Authorization: Bearer with one of the tokens", headers={"WWW-Authenticate": "Bearer"}
+        )
+
+
+def host_name(host: str) -> str:
+    """Drop the port of a Host header (RFC 9110 section 7.2)."""
+    if host.startswith("["):
+        return host[: host.find("]") + 1]
+    return host.partition(":")[0]

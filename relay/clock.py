@@ -1,0 +1,40 @@
+"""The clock: what time it is, and how to wait for a time.
+
+One of the two seams of the relay (the outbox is the other): tests put their own clock here and move it.
+The system's clock tells wall-clock time, which is what the outbox keeps, and sleeps on the loop's
+monotonic time, so a clock that is set while we sleep cannot make a sleep endless.
+"""
+
+import asyncio
+import time
+from typing import Protocol
+
+# A wall clock that was set forward while we slept is noticed after this long at the latest.
+LONGEST_SLEEP_SECONDS = 60.0
+
+
+class Clock(Protocol):
+    """Wall-clock time in milliseconds since 1970 (UTC)."""
+
+    def now_ms(self) -> int: ...
+
+    async def wait(self, wake: asyncio.Event, until_ms: int | None) -> None:
+        """Return when `wake` is set or the time has come, whichever is first; early is allowed."""
+        ...
+
+
+class SystemClock:
+    """The machine's own."""
+
+    def now_ms(self) -> int:
+        return time.time_ns() // 1_000_000  # noqa: TID251 - this is the clock the others ask
+
+    async def wait(self, wake: asyncio.Event, until_ms: int | None) -> None:
+        seconds = None
+        if until_ms is not None:
+            seconds = min(max(0.0, (until_ms - self.now_ms()) / 1000), LONGEST_SLEEP_SECONDS)
+        try:
+            async with asyncio.timeout(seconds):
+                await wake.wait()
+        except TimeoutError:
+            pass

@@ -1,0 +1,240 @@
+"""Ingest: a submission comes in, an event with one delivery for each subscribed endpoint is kept.
+
+What an event may look like is decided here (contract section 3), for every way in. Reading gives either
+a `Submission` or all its mistakes at once; keeping it is the outbox's promise, and once it is kept the
+lanes are woken.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from difflib import get_close_matches
+
+from relay import canonical, formats
+from relay.clock import Clock
+from relay.model import Event, Receipt, Submission
+from relay.outbox import Outbox
+from relay.subscription import OWN_PREFIX, Subscriptions
+
+TYPE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+LONGEST_TYPE = 128
+LONGEST_KEY = 255
+VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
+QUOTED = re.compile(r'"((?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"')  # RFC 8941 section 3.3.3
+RFC3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(?:\.\d{1,9})?(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
+    re.ASCII,
+)
+TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+MEMBERS = ("event", "data", "timestamp", "key", "to")
+
+Problem = tuple[str, str]  # where (a JSON pointer), what is wrong
+
+
+class InvalidError(Exception):
+    """A submission with mistakes; all of them."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(f"{pointer}: {detail}" for pointer, detail in self.problems))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """One posted event as parsed, before it is checked."""
+
+    value: object
+    pointer: str = "#"
+    idempotency_key: str | None = None
+    traceparent: str | None = None
+
+
+class Ingest:
+    """Turns drafts into events that are kept."""
+
+    def __init__(
+        self,
+        *,
+        outbox: Outbox,
+        subscriptions: Subscriptions,
+        clock: Clock,
+        wake: Callable[[Iterable[str]], None],
+    ) -> None:
+        self.subscriptions = subscriptions
+        self._outbox = outbox
+        self._clock = clock
+        self._wake = wake
+        self._ids = EventIds()
+
+    async def submit(self, drafts: Sequence[Draft]) -> list[Receipt]:
+        """Keep all drafts or none. Raises InvalidError, and what `Outbox.accept` raises."""
+        submissions: list[Submission] = []
+        problems: list[Problem] = []
+        for draft in drafts:
+            try:
+                submissions.append(self._read(draft))
+            except InvalidError as error:
+                problems += error.problems
+        if problems:
+            raise InvalidError(problems)
+        receipts = await self._outbox.accept(submissions)
+        self._wake({endpoint for receipt in receipts for endpoint in receipt.endpoints})
+        return receipts
+
+    def _read(self, draft: Draft) -> Submission:
+        value, pointer = draft.value, draft.pointer
+        if not isinstance(value, dict):
+            raise InvalidError([(pointer, "must be an object with the members event and data")])
+        problems = [(f"{pointer}/{escaped(name)}", _unknown(name)) for name in value if name not in MEMBERS]
+        for name, check in CHECKS.items():
+            if name in value and (wrong := check(value[name])):
+                problems.append((f"{pointer}/{name}", wrong))
+        problems += [(f"{pointer}/{name}", "is missing") for name in ("event", "data") if name not in value]
+        data = b""
+        try:
+            data = canonical.encode(value.get("data"), f"{pointer}/data")
+        except canonical.Unrepresentable as error:
+            problems += error.problems
+        if not problems:
+            problems += self._strangers(value.get("to", ()), pointer)
+        if problems:
+            raise InvalidError(problems)
+        return self._submission(draft, value, data)
+
+    def _strangers(self, to: Sequence[str], pointer: str) -> list[Problem]:
+        known = self.subscriptions.endpoints
+        return [
+            (f"{pointer}/to/{index}", f"there is no endpoint {id_!r}{_nearest(id_, known)}")
+            for index, id_ in enumerate(to)
+            if id_ not in known
+        ]
+
+    def _submission(self, draft: Draft, value: dict[str, object], data: bytes) -> Submission:
+        type_, to = str(value["event"]), value.get("to")
+        timestamp, key = value.get("timestamp"), value.get("key")
+        now_ms = self._clock.now_ms()
+        event = Event(
+            id=self._ids.make(now_ms),
+            type=type_,
+            timestamp=str(timestamp) if timestamp is not None else iso(now_ms),
+            data=data,
+            accepted_at_ms=now_ms,
+            key=str(key) if key is not None else None,
+            traceparent=draft.traceparent,
+        )
+        endpoints = tuple(
+            (endpoint.id, endpoint.format)
+            for endpoint in self.subscriptions.wanting(type_)
+            if not isinstance(to, list) or endpoint.id in to
+        )
+        fingerprint = None
+        if draft.idempotency_key is not None:
+            # A defaulted timestamp is not content: sent again later, it would be another one.
+            fingerprint = hashlib.sha256(repr((type_, data, key, to, timestamp)).encode()).digest()
+        return Submission(
+            event=event,
+            endpoints=endpoints,
+            digest=formats.digest(event),
+            idempotency_key=draft.idempotency_key,
+            fingerprint=fingerprint,
+        )
+
+
+class EventIds:
+    """Ids that sort by time: `evt_` and a UUIDv7 in hex (RFC 9562 section 5.7), always rising."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def make(self, now_ms: int) -> str:
+        random = int.from_bytes(os.urandom(10), "big")
+        head = now_ms << 80 | 0x7 << 76 | (random >> 68) << 64
+        value = head | 0x2 << 62 | random & (1 << 62) - 1
+        # Within a millisecond, and after the clock was set back, the next id follows the last.
+        self._last = value if value > self._last else self._last + 1
+        return f"evt_{self._last:032x}"
+
+
+def iso(at_ms: int) -> str:
+    """Write a time as RFC 3339 in UTC, `2026-01-15T10:00:00.000Z`."""
+    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def idempotency_key(header: str) -> str:
+    """Return the key of a header, bare or a quoted string. Raises InvalidError."""
+    quoted = QUOTED.fullmatch(header)
+    key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else header
+    wrong = "is a quoted string without its end" if key.startswith('"') and not quoted else None
+    if wrong := wrong or _wrong_idempotency_key(key):
+        raise InvalidError([("#", f"the header Idempotency-Key {wrong}")])
+    return key
+
+
+def traceparent(header: str | None) -> str | None:
+    """Return a valid `traceparent`; a broken one is ignored, as W3C Trace Context section 3.2.2.3 asks."""
+    return header if header is not None and TRACEPARENT.fullmatch(header) else None
+
+
+def escaped(name: str) -> str:
+    """Write a member's name for a JSON pointer (RFC 6901 section 3)."""
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def _wrong_idempotency_key(value: object) -> str | None:
+    if not isinstance(value, str) or not VISIBLE.fullmatch(value):
+        return "must be 1 to 255 visible ASCII characters"
+    return None
+
+
+def _wrong_type(value: object) -> str | None:
+    if not isinstance(value, str) or len(value) > LONGEST_TYPE or not TYPE.fullmatch(value):
+        return "must be 1 to 128 of A-Z a-z 0-9 _ - in dot-separated parts, like post.published"
+    if value.startswith(OWN_PREFIX):
+        return "relay.* is the relay's own: choose another name"
+    return None
+
+
+def _wrong_timestamp(value: object) -> str | None:
+    wrong = "must be a date and time of RFC 3339, like 2026-01-15T10:00:00.000Z"
+    match = RFC3339.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return wrong
+    date, minute, second = match.groups()
+    try:
+        # A leap second is a time too, but not one that Python knows.
+        datetime.fromisoformat(f"{date}T{minute}:{'59' if second == '60' else second}")
+    except ValueError:
+        return wrong
+    return None
+
+
+def _wrong_key(value: object) -> str | None:
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_KEY or not value.isprintable():
+        return "must be 1 to 255 printable characters"
+    return None
+
+
+def _wrong_to(value: object) -> str | None:
+    if not isinstance(value, list) or not value or not all(isinstance(id_, str) for id_ in value):
+        return "must be a list of endpoint ids; without it every subscribed endpoint gets the event"
+    return None
+
+
+CHECKS: dict[str, Callable[[object], str | None]] = {
+    "event": _wrong_type,
+    "timestamp": _wrong_timestamp,
+    "key": _wrong_key,
+    "to": _wrong_to,
+}
+
+
+def _unknown(name: str) -> str:
+    return "is not a member of an event" + _nearest(name, MEMBERS)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,170 @@
+"""One transaction: all that waits to be written goes in, what became of each comes out.
+
+Runs on the connection's thread as one function, so no other statement can come between BEGIN and COMMIT.
+"""
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from relay.model import Attempt, Delivery, Receipt, Submission, Verdict
+from relay.outbox import ConflictError, statements
+from relay.outbox.statements import CODES, Row
+
+Accepted = list[Receipt] | ConflictError
+Known = tuple[bytes | None, Receipt]
+Change = Callable[[sqlite3.Connection], Any]
+
+
+@dataclass(slots=True)
+class Batch:
+    """What waits for the next commit."""
+
+    accepts: list[Sequence[Submission]] = field(default_factory=list)
+    records: list[tuple[Delivery, Attempt, Verdict]] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Written:
+    """What a commit made of its batch, each list in the batch's order."""
+
+    last_seq: int
+    accepted: list[Accepted] = field(default_factory=list)
+    fresh: list[Delivery] = field(default_factory=list)
+    changed: list[Any] = field(default_factory=list)
+
+
+def write(db: sqlite3.Connection, batch: Batch, numbers: dict[str, int], last_seq: int) -> Written:
+    """Write the batch in one transaction, synced to disk when this returns."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        written = _accept(db, batch.accepts, numbers, last_seq)
+        _record(db, batch.records)
+        written.changed = [change(db) for change in batch.changes]
+        db.execute("COMMIT")
+    except BaseException:
+        # A full disk has already rolled the transaction back.
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+    return written
+
+
+def _record(db: sqlite3.Connection, records: Sequence[tuple[Delivery, Attempt, Verdict]]) -> None:
+    deliveries: list[Row] = []
+    failures: list[Row] = []
+    for delivery, attempt, verdict in records:
+        met: Row = (attempt.at_ms, attempt.milliseconds, attempt.status)
+        if attempt.reason is None:
+            last: Row = (*met, attempt.answer)
+        else:
+            last = (None, None, None, None)
+            failures.append((*delivery.handle, attempt.number, *met, attempt.reason, attempt.answer))
+        follows: Row = (CODES[verdict.state], verdict.due_ms, attempt.number, verdict.steps)
+        deliveries.append((*delivery.handle, *follows, *last))
+    statements.update_deliveries(db, deliveries)
+    statements.insert_attempts(db, failures)
+
+
+class Keys:
+    """The idempotency keys in use: on disk, taken in this transaction, or by the batch at hand."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self._taken: dict[str, Known] = {}
+        self._mine: dict[str, Known] = {}
+
+    def known(self, key: str) -> Known | None:
+        """Return fingerprint and receipt of the event that was submitted under this key."""
+        known = self._mine.get(key) or self._taken.get(key)
+        if known is not None:
+            return known
+        row = statements.known_key(self._db, key)
+        if row is None:
+            return None
+        seq, id_, type_, timestamp, fingerprint = row
+        endpoints = statements.endpoints_of(self._db, seq)
+        return fingerprint, Receipt(
+            id=id_, type=type_, timestamp=timestamp, endpoints=endpoints, duplicate=True
+        )
+
+    def use(self, key: str, submission: Submission) -> None:
+        self._mine[key] = (submission.fingerprint, _receipt(submission, duplicate=True))
+
+    def settle(self, *, kept: bool) -> None:
+        """End the batch at hand: what it used is taken if the batch is kept, else free again."""
+        if kept:
+            self._taken |= self._mine
+        self._mine = {}
+
+
+def _accept(
+    db: sqlite3.Connection, accepts: Sequence[Sequence[Submission]], numbers: dict[str, int], last_seq: int
+) -> Written:
+    written = Written(last_seq=last_seq)
+    keys = Keys(db)
+    new: list[Submission] = []
+    for submissions in accepts:
+        accepted = _accept_all(submissions, keys, new)
+        keys.settle(kept=not isinstance(accepted, ConflictError))
+        written.accepted.append(accepted)
+    _insert(db, new, numbers, written)
+    return written
+
+
+def _accept_all(submissions: Sequence[Submission], keys: Keys, new: list[Submission]) -> Accepted:
+    """Append what is new among `submissions` to `new`, all or nothing."""
+    receipts: list[Receipt] = []
+    kept: list[Submission] = []
+    conflicts: list[int] = []
+    for index, submission in enumerate(submissions):
+        key = submission.idempotency_key
+        known = keys.known(key) if key is not None else None
+        if known is None:
+            receipts.append(_receipt(submission, duplicate=False))
+            kept.append(submission)
+            if key is not None:
+                keys.use(key, submission)
+        elif known[0] == submission.fingerprint:
+            receipts.append(known[1])
+        else:
+            conflicts.append(index)
+    if conflicts:
+        return ConflictError(tuple(conflicts))
+    new += kept
+    return receipts
+
+
+def _receipt(submission: Submission, *, duplicate: bool) -> Receipt:
+    event = submission.event
+    endpoints = tuple(endpoint for endpoint, _ in submission.endpoints)
+    return Receipt(
+        id=event.id, type=event.type, timestamp=event.timestamp, endpoints=endpoints, duplicate=duplicate
+    )
+
+
+def _insert(
+    db: sqlite3.Connection, new: Sequence[Submission], numbers: dict[str, int], written: Written
+) -> None:
+    events: list[Row] = []
+    deliveries: list[Row] = []
+    for submission in new:
+        written.last_seq += 1
+        seq, event = written.last_seq, submission.event
+        events.append(
+            (seq, event.id, event.type, event.timestamp, event.data, submission.digest, event.accepted_at_ms,
+             event.key, event.traceparent, submission.idempotency_key, submission.fingerprint)
+        )  # fmt: skip
+        for endpoint, format_ in submission.endpoints:
+            number = numbers[endpoint]
+            deliveries.append((seq, number, event.accepted_at_ms, format_))
+            written.fresh.append(
+                Delivery(
+                    handle=(seq, number), event=event, endpoint=endpoint, format=format_,
+                    attempts=0, steps=0, digest=submission.digest,
+                )
+            )  # fmt: skip
+    statements.insert_events(db, events)
+    statements.insert_deliveries(db, deliveries)

@@ -1,0 +1,114 @@
+"""What the SQLite file looks like, version by version; an opened connection in, a current schema out.
+
+A version is never edited once released: the next one is appended. `user_version` says how many have
+been applied, `application_id` that the file is an outbox at all.
+"""
+
+import sqlite3
+
+from relay.outbox import DamagedError, NewerSchemaError
+
+APPLICATION_ID = 0x52454C59  # "RELY"
+
+# Deliveries have no row id: an event and an endpoint name one, and the rows of an event lie together.
+# The attempt that ended a delivery well is kept in its row (at, milliseconds, status, answer), because
+# most deliveries never have another; `attempts` holds the failed ones.
+VERSION_1 = (
+    """CREATE TABLE endpoints (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE
+    ) STRICT""",
+    """CREATE TABLE events (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        type TEXT NOT NULL,
+        timestamp TEXT NOT NULL,
+        data BLOB NOT NULL,
+        digest BLOB NOT NULL,
+        accepted_at INTEGER NOT NULL,
+        key TEXT,
+        traceparent TEXT,
+        idempotency_key TEXT,
+        fingerprint BLOB
+    ) STRICT""",
+    "CREATE UNIQUE INDEX events_idempotency ON events (idempotency_key) WHERE idempotency_key IS NOT NULL",
+    """CREATE TABLE deliveries (
+        event INTEGER NOT NULL REFERENCES events (seq) ON DELETE CASCADE,
+        endpoint INTEGER NOT NULL REFERENCES endpoints (number),
+        state INTEGER NOT NULL DEFAULT 0,
+        due INTEGER,
+        format TEXT NOT NULL,
+        attempts INTEGER NOT NULL DEFAULT 0,
+        steps INTEGER NOT NULL DEFAULT 0,
+        at INTEGER,
+        milliseconds INTEGER,
+        status INTEGER,
+        answer TEXT,
+        PRIMARY KEY (event, endpoint)
+    ) STRICT, WITHOUT ROWID""",
+    "CREATE INDEX deliveries_due ON deliveries (endpoint, due, event) WHERE state = 0",
+    "CREATE INDEX deliveries_ended ON deliveries (endpoint, state, event) WHERE state >= 2",
+    """CREATE TABLE attempts (
+        event INTEGER NOT NULL,
+        endpoint INTEGER NOT NULL,
+        number INTEGER NOT NULL,
+        at INTEGER NOT NULL,
+        milliseconds INTEGER NOT NULL,
+        status INTEGER,
+        reason TEXT,
+        answer TEXT,
+        PRIMARY KEY (event, endpoint, number),
+        FOREIGN KEY (event, endpoint) REFERENCES deliveries (event, endpoint) ON DELETE CASCADE
+    ) STRICT, WITHOUT ROWID""",
+)
+
+VERSIONS = (VERSION_1,)
+
+
+def prepare(db: sqlite3.Connection, path: str, synchronous: str) -> None:
+    """Bring the file to the current schema, or raise and leave it as it was."""
+    version = _version(db, path)
+    # Only before the first table; the freed pages are handed back in small steps.
+    db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    db.execute("PRAGMA journal_mode = WAL")
+    # NORMAL does not sync ordinary commits, so 202 would not mean kept.
+    db.execute(f"PRAGMA synchronous = {synchronous}")
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute("PRAGMA trusted_schema = OFF")
+    db.execute(f"PRAGMA journal_size_limit = {64 << 20}")
+    db.execute(f"PRAGMA cache_size = {-8 << 10}")  # 8 MiB: the hot indexes of millions of rows
+    for number, statements in enumerate(VERSIONS[version:], start=version + 1):
+        _apply(db, number, statements)
+
+
+def _version(db: sqlite3.Connection, path: str) -> int:
+    try:
+        (application,) = db.execute("PRAGMA application_id").fetchone()
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.DatabaseError as error:
+        raise DamagedError(
+            f"{path} cannot be read as an outbox ({error}): restore a backup or move it away"
+        ) from error
+    if application != APPLICATION_ID and (tables or application):
+        raise DamagedError(f"{path} is an SQLite database, but not an outbox: choose another outbox.path")
+    if version > len(VERSIONS):
+        raise NewerSchemaError(
+            f"{path} has schema {version}, this relay knows {len(VERSIONS)}: "
+            "start the newer relay, or restore the backup made before the upgrade"
+        )
+    return int(version)
+
+
+def _apply(db: sqlite3.Connection, number: int, statements: tuple[str, ...]) -> None:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        for statement in statements:
+            db.execute(statement)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {number}")
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise

@@ -1,0 +1,259 @@
+"""The SQL of the outbox: rows in, rows out; every function runs on the connection's own thread.
+
+None of these opens a transaction: `sqlite.py` does, around whole batches. sqlite3 lets go of the GIL for
+every step of a statement and has to win it back from a busy event loop, so cost goes by steps rather
+than by rows: what is written is written in wide statements, many rows to a step.
+"""
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import chain
+from typing import Any
+
+from relay.model import Attempt, Delivery, Event, State
+from relay.outbox import DeliveryStory, Page, Query, Story
+
+STATES = (State.PENDING, State.DELIVERED, State.DEAD, State.CANCELLED)
+CODES = {state: code for code, state in enumerate(STATES)}
+
+Row = Sequence[object]
+
+WIDEST = 32  # rows to a statement; powers of two below it keep the statement cache small
+EXAMINED = 300  # events a page of a listing looks at, whatever it finds
+
+
+@cache
+def _sql(before: str, columns: int, rows: int, after: str) -> str:
+    row = f"({','.join('?' * columns)})"
+    return f"{before} {','.join([row] * rows)} {after}"
+
+
+def _wide(db: sqlite3.Connection, before: str, rows: Sequence[Row], after: str = "") -> None:
+    """Run `before (row), (row), … after` over all rows."""
+    start, size = 0, WIDEST
+    while start < len(rows):
+        while size > len(rows) - start:
+            size //= 2
+        chunk = rows[start : start + size]
+        db.execute(_sql(before, len(rows[0]), size, after), list(chain.from_iterable(chunk)))
+        start += size
+
+
+def insert_events(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    _wide(
+        db,
+        "INSERT INTO events (seq, id, type, timestamp, data, digest, accepted_at, key, traceparent,"
+        " idempotency_key, fingerprint) VALUES",
+        rows,
+    )
+
+
+def insert_deliveries(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    _wide(db, "INSERT INTO deliveries (event, endpoint, due, format) VALUES", rows)
+
+
+def update_deliveries(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Write what follows from attempts; only on what is pending, so nothing ended is undone."""
+    _wide(
+        db,
+        "WITH done (event, endpoint, state, due, attempts, steps, at, milliseconds, status, answer)"
+        " AS (VALUES",
+        rows,
+        ") UPDATE deliveries SET state = done.state, due = done.due, attempts = done.attempts,"
+        " steps = done.steps, at = done.at, milliseconds = done.milliseconds, status = done.status,"
+        " answer = done.answer FROM done WHERE deliveries.event = done.event"
+        " AND deliveries.endpoint = done.endpoint AND deliveries.state = 0",
+    )
+
+
+def insert_attempts(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    # A record that is tried again after a full disk may find its attempt there.
+    _wide(
+        db,
+        "INSERT OR IGNORE INTO attempts (event, endpoint, number, at, milliseconds, status, reason, answer)"
+        " VALUES",
+        rows,
+    )
+
+
+def known_key(db: sqlite3.Connection, key: str) -> tuple[int, str, str, str, bytes] | None:
+    """Return seq, id, type, timestamp and fingerprint of the event submitted under this key."""
+    row: tuple[int, str, str, str, bytes] | None = db.execute(
+        "SELECT seq, id, type, timestamp, fingerprint FROM events WHERE idempotency_key = ?", (key,)
+    ).fetchone()
+    return row
+
+
+def endpoints_of(db: sqlite3.Connection, seq: int) -> tuple[str, ...]:
+    rows = db.execute(
+        "SELECT p.id FROM deliveries d JOIN endpoints p ON p.number = d.endpoint WHERE d.event = ?", (seq,)
+    )
+    return tuple(sorted(row[0] for row in rows))
+
+
+CLAIM = """
+    SELECT d.due, d.event, d.format, d.attempts, d.steps,
+           e.id, e.type, e.timestamp, e.data, e.accepted_at, e.key, e.traceparent, e.digest
+    FROM deliveries d CROSS JOIN events e ON e.seq = d.event
+    WHERE d.endpoint = ? AND d.state = 0 AND d.due <= ? AND (d.due, d.event) > (?, ?)
+    ORDER BY d.due, d.event LIMIT ?"""
+
+NEXT_DUE = """
+    SELECT due FROM deliveries
+    WHERE endpoint = ? AND state = 0 AND due > ? ORDER BY due LIMIT 1"""
+
+
+def look(
+    db: sqlite3.Connection, number: int, now_ms: int, after: tuple[int, int], limit: int
+) -> tuple[list[Any], int | None]:
+    """Return rows that are due after a place, and when the next after them is due (now: look again)."""
+    rows = db.execute(CLAIM, (number, now_ms, *after, limit)).fetchall()
+    if len(rows) == limit:
+        return rows, now_ms
+    later = db.execute(NEXT_DUE, (number, now_ms)).fetchone()
+    return rows, later[0] if later else None
+
+
+def delivery(row: Any, number: int, endpoint: str) -> Delivery:
+    """Make a delivery of a row of `look`."""
+    _, seq, format_, attempts, steps, id_, type_, timestamp, data, accepted_at, key, trace, digest = row
+    event = Event(
+        id=id_, type=type_, timestamp=timestamp, data=data,
+        accepted_at_ms=accepted_at, key=key, traceparent=trace,
+    )  # fmt: skip
+    return Delivery(
+        handle=(seq, number), event=event, endpoint=endpoint, format=format_,
+        attempts=attempts, steps=steps, digest=digest,
+    )  # fmt: skip
+
+
+def register(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, int]:
+    """Give every endpoint its number, once and for all; return them."""
+    db.executemany("INSERT INTO endpoints (id) VALUES (?) ON CONFLICT DO NOTHING", [(id_,) for id_ in ids])
+    return dict(db.execute("SELECT id, number FROM endpoints"))
+
+
+def cancel(db: sqlite3.Connection, number: int, limit: int) -> int:
+    """Cancel up to `limit` of what is pending for an endpoint; return how many."""
+    return db.execute(
+        """UPDATE deliveries SET state = 3, due = NULL WHERE endpoint = ?1 AND event IN
+           (SELECT event FROM deliveries WHERE endpoint = ?1 AND state = 0 ORDER BY due, event LIMIT ?2)""",
+        (number, limit),
+    ).rowcount
+
+
+def forget(db: sqlite3.Connection, before_ms: int, after: int, limit: int) -> tuple[int | None, Counter[int]]:
+    """Look at up to `limit` events past number `after`, the oldest first, and delete those that are over.
+
+    Returns the number reached, or None when no older event is left to look at, and the dead deliveries
+    that went, by endpoint.
+    """
+    rows = db.execute(
+        "SELECT seq, accepted_at FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit)
+    ).fetchall()
+    old = [seq for seq, accepted_at in rows if accepted_at < before_ms]
+    dead: Counter[int] = Counter()
+    for seq in old:
+        states = db.execute("SELECT endpoint, state FROM deliveries WHERE event = ?", (seq,)).fetchall()
+        if all(state != CODES[State.PENDING] for _, state in states):
+            dead.update(endpoint for endpoint, state in states if state == CODES[State.DEAD])
+            db.execute("DELETE FROM events WHERE seq = ?", (seq,))
+    return (old[-1] if len(old) == limit else None), dead
+
+
+def counts(db: sqlite3.Connection) -> tuple[dict[int, int], dict[int, int]]:
+    """Count what is pending and what is dead, by endpoint number; both from partial indexes."""
+    pending = db.execute("SELECT endpoint, count(*) FROM deliveries WHERE state = 0 GROUP BY endpoint")
+    dead = db.execute(
+        "SELECT endpoint, count(*) FROM deliveries WHERE state >= 2 AND state = 2 GROUP BY endpoint"
+    )
+    return dict(pending), dict(dead)
+
+
+def last_seq(db: sqlite3.Connection) -> int:
+    """Return the highest event number ever given, deleted events included."""
+    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
+    return row[0] if row else 0
+
+
+EVENT = "SELECT seq, id, type, timestamp, data, accepted_at, key, traceparent FROM events"
+
+
+def story(db: sqlite3.Connection, event_id: str) -> Story | None:
+    row = db.execute(EVENT + " WHERE id = ?", (event_id,)).fetchone()
+    return _story(db, row) if row else None
+
+
+def page(db: sqlite3.Connection, query: Query) -> Page:
+    """List events, newest first; looks at a bounded number of them, so a page may hold few or none."""
+    rows = db.execute(
+        EVENT + " WHERE seq < ? ORDER BY seq DESC LIMIT ?",
+        (query.before if query.before is not None else 1 << 62, EXAMINED),
+    ).fetchall()
+    stories: list[Story] = []
+    for row in rows:
+        found = _story(db, row)
+        if _matches(query, found):
+            stories.append(found)
+        if len(stories) == query.limit:
+            break
+    else:
+        return Page(stories=tuple(stories), next_before=rows[-1][0] if len(rows) == EXAMINED else None)
+    return Page(stories=tuple(stories), next_before=row[0])
+
+
+def _matches(query: Query, found: Story) -> bool:
+    at_ms = found.event.accepted_at_ms
+    return (
+        (query.type is None or found.event.type == query.type)
+        and (query.since_ms is None or at_ms >= query.since_ms)
+        and (query.until_ms is None or at_ms < query.until_ms)
+        and (
+            (query.endpoint is None and query.state is None)
+            or any(
+                query.endpoint in {None, each.endpoint} and query.state in {None, each.state}
+                for each in found.deliveries
+            )
+        )
+    )
+
+
+def _story(db: sqlite3.Connection, row: Any) -> Story:
+    seq, id_, type_, timestamp, data, accepted_at, key, trace = row
+    event = Event(
+        id=id_, type=type_, timestamp=timestamp, data=data,
+        accepted_at_ms=accepted_at, key=key, traceparent=trace,
+    )  # fmt: skip
+    deliveries = db.execute(
+        "SELECT d.endpoint, p.id, d.state, d.due, d.attempts, d.at, d.milliseconds, d.status, d.answer"
+        " FROM deliveries d JOIN endpoints p ON p.number = d.endpoint WHERE d.event = ?",
+        (seq,),
+    ).fetchall()
+    stories = [_delivery_story(db, seq, each) for each in deliveries]
+    return Story(event=event, deliveries=tuple(sorted(stories, key=lambda each: each.endpoint)))
+
+
+def _delivery_story(db: sqlite3.Connection, seq: int, row: Any) -> DeliveryStory:
+    number, endpoint, state, due, count, *last = row
+    attempts = list(_failed(db, seq, number))
+    if last[0] is not None:
+        attempts.append(_attempt((count, *last[:3], None, last[3])))
+    return DeliveryStory(endpoint=endpoint, state=STATES[state], due_ms=due, attempts=tuple(attempts))
+
+
+def _failed(db: sqlite3.Connection, seq: int, number: int) -> Iterator[Attempt]:
+    rows = db.execute(
+        "SELECT number, at, milliseconds, status, reason, answer FROM attempts"
+        " WHERE event = ? AND endpoint = ? ORDER BY number",
+        (seq, number),
+    )
+    return map(_attempt, rows)
+
+
+def _attempt(row: Any) -> Attempt:
+    number, at, milliseconds, status, reason, answer = row
+    return Attempt(
+        number=number, at_ms=at, milliseconds=milliseconds, status=status, reason=reason, answer=answer
+    )

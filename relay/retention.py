@@ -1,0 +1,21 @@
+"""Retention: forgets old events in small steps, so that acceptance is not disturbed.
+
+An event that is still owed to anyone is never forgotten, however old it is.
+"""
+
+import asyncio
+
+from relay.clock import Clock
+from relay.outbox import Outbox
+
+STEP_EVENTS = 100  # in one transaction: a few milliseconds
+PAUSE_MS = 60_000  # between looks when nothing more is old enough
+
+
+async def forget(outbox: Outbox, clock: Clock, retention_seconds: float) -> None:
+    """Keep forgetting what was accepted longer than this ago and is over; until cancelled."""
+    never = asyncio.Event()
+    while True:
+        before_ms = clock.now_ms() - round(retention_seconds * 1000)
+        if not await outbox.forget(before_ms, STEP_EVENTS):
+            await clock.wait(never, clock.now_ms() + PAUSE_MS)

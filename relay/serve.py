@@ -1,0 +1,226 @@
+"""The one place where the relay's objects are built and joined.
+
+Read downwards it is the order of the start, upwards the order of the stop: outbox, sender, lanes, and
+the listener last, so that nothing is taken before it can be kept and delivered.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from aiohttp import web
+
+from relay import __version__, egress, logs
+from relay.api import make_app, make_ops_app
+from relay.api.guard import LOOPBACK_HOSTS
+from relay.api.state import State
+from relay.clock import SystemClock
+from relay.config import Address, Config, Server
+from relay.delivery import Lane, Lanes
+from relay.ingest import Ingest
+from relay.outbox import DamagedError, HeldError, NewerSchemaError, OutboxError, open_outbox
+from relay.retention import forget
+from relay.sender import open_sender
+from relay.subscription import Subscriptions
+
+log = logging.getLogger("relay")
+
+EXIT_FAILED = 1
+EXIT_CODES: tuple[tuple[type[OutboxError], int], ...] = (
+    (HeldError, 75),
+    (NewerSchemaError, 78),
+    (DamagedError, 74),
+)
+KEEPALIVE_SECONDS = 75.0
+SOCKET_MODE = 0o660
+
+
+class ListenError(Exception):
+    """The address cannot be listened on; the text is one sentence for the operator."""
+
+
+def run(config: Config, path: Path) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit code of contract section 9."""
+    logs.configure(config.logging.level, config.logging.format)
+    os.umask(0o077)  # whatever the relay writes is the relay's alone
+    code = 0
+    try:
+        with asyncio.Runner(loop_factory=loop_factory(config.server.loop)) as runner:
+            runner.run(serve(config, path))
+    except* (OutboxError, ListenError) as group:
+        code = complain(group)
+    return code
+
+
+async def serve(config: Config, path: Path) -> None:
+    clock = SystemClock()
+    stop = Stop()
+    async with open_outbox(config.outbox.path, synchronous=config.outbox.durability) as outbox:
+        for endpoint, count in (await outbox.register([each.id for each in config.endpoints])).items():
+            log.warning("deliveries_cancelled", extra={"endpoint": endpoint, "deliveries": count})
+        async with open_sender(policy=policy(config), version=__version__) as sender:
+            lanes = Lanes(
+                Lane(endpoint, outbox=outbox, sender=sender, clock=clock) for endpoint in config.endpoints
+            )
+            ingest = Ingest(
+                outbox=outbox, subscriptions=Subscriptions(config.endpoints), clock=clock, wake=lanes.wake
+            )
+            state = State(outbox=outbox, ingest=ingest, max_event_size=config.server.max_event_size)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(lanes.run())
+                forgetting = tasks.create_task(forget(outbox, clock, config.outbox.retention_seconds))
+                async with listening(config.server, state) as addresses:
+                    sender.own_addresses = addresses
+                    log.info("started", extra={"config": str(path), "version": __version__})
+                    await stop.asked.wait()
+                    await wind_down(config.server, state, lanes, stop)
+                forgetting.cancel()
+    log.info("stopped")
+
+
+async def wind_down(server: Server, state: State, lanes: Lanes, stop: "Stop") -> None:
+    """Stop as contract section 8 says: unready at once, submissions for `linger`, attempts for the grace."""
+    log.info("stopping", extra={"grace_seconds": server.shutdown_grace_seconds})
+    state.unready = "the relay is stopping"
+    await stop.asked_again_within(server.linger_seconds)
+    state.refusing = "the relay is stopping: submit again in a moment"
+    lanes.stop(server.shutdown_grace_seconds)
+    stop.on_second(lambda: lanes.stop(0))
+    await lanes.stopped.wait()
+
+
+class Stop:
+    """SIGTERM or SIGINT: the first asks to stop in order, the second to stop now."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self._asked_again = asyncio.Event()
+        self._now: Callable[[], None] = lambda: None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._ask)
+
+    def on_second(self, now: Callable[[], None]) -> None:
+        """Call `now` at the second signal, also when it has already come."""
+        self._now = now
+        if self._asked_again.is_set():
+            now()
+
+    async def asked_again_within(self, seconds: float) -> None:
+        """Return after this time, or at the second signal."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._asked_again.wait()
+        except TimeoutError:
+            pass
+
+    def _ask(self) -> None:
+        if self.asked.is_set():
+            self._asked_again.set()
+            self._now()
+        self.asked.set()
+
+
+@asynccontextmanager
+async def listening(server: Server, state: State) -> AsyncIterator[frozenset[tuple[str, int]]]:
+    """Take requests at the configured address; yields the addresses that deliveries may never go to."""
+    hosts = LOOPBACK_HOSTS | {host.lower() for host in (*server.allowed_hosts, server.listen.host or "")}
+    app = make_app(state, hosts=None if server.listen.path else hosts, tokens=server.tokens)
+    async with AsyncExitStack() as runners:
+        taken = [await runners.enter_async_context(site(app, server.listen))]
+        if server.ops_listen is not None:
+            taken.append(await runners.enter_async_context(site(make_ops_app(state), server.ops_listen)))
+        log.info("listening", extra={"addresses": taken})
+        yield frozenset(address for address in taken if isinstance(address, tuple))
+
+
+@asynccontextmanager
+async def site(app: web.Application, address: Address) -> AsyncIterator[tuple[str, int] | str]:
+    """Serve one app at one address; yields the address as it really is (port 0 is any free one)."""
+    runner = web.AppRunner(
+        app, access_log=None, handle_signals=False, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=1.0
+    )
+    await runner.setup()
+    try:
+        listener = bound(address)
+        await web.SockSite(runner, listener, backlog=1024).start()
+        name = listener.getsockname()
+        yield name if isinstance(name, str) else (name[0], name[1])
+    finally:
+        await runner.cleanup()
+        leave(address)
+
+
+def leave(address: Address) -> None:
+    """Take a unix socket's file away, so that nobody connects to a relay that is gone."""
+    if address.path is not None:
+        Path(address.path).unlink(missing_ok=True)
+
+
+def bound(address: Address) -> socket.socket:
+    """Return a socket bound to the address. Raises ListenError."""
+    try:
+        if address.path is not None:
+            return bound_unix(Path(address.path))
+        family = socket.AF_INET6 if ":" in (address.host or "") else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address.host, address.port))
+    except OSError as error:
+        raise ListenError(f"cannot listen on {address}: {error.strerror or error}") from error
+    return listener
+
+
+def bound_unix(path: Path) -> socket.socket:
+    """Bind a unix socket that the app's group may use; a socket left by a crash is taken over."""
+    # The outbox is held, so no other relay of this config lives that could still be using it.
+    if path.is_socket():
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    path.chmod(SOCKET_MODE)
+    return listener
+
+
+def policy(config: Config) -> egress.Policy:
+    settings = config.egress
+    return egress.Policy(
+        allow_private=settings.allow_private,
+        allow_private_for_api=settings.allow_private_for_api,
+        ports=frozenset(settings.ports) if settings.ports is not None else None,
+        allow_http=settings.allow_http,
+    )
+
+
+def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return what makes the event loop; `auto` is uvloop where it is installed."""
+    if name != "asyncio":
+        try:
+            import uvloop
+        except ImportError:
+            if name == "uvloop":
+                raise ListenError('loop = "uvloop" needs the extra: pip install relay[uvloop]') from None
+        else:
+            return uvloop.new_event_loop
+    return asyncio.new_event_loop
+
+
+def complain(group: BaseExceptionGroup[BaseException]) -> int:
+    """Say each failure in one sentence on stderr; return the exit code."""
+    code = EXIT_FAILED
+    for error in leaves(group):
+        log.critical("failed", extra={"error": str(error)})
+        code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), code)
+    return code
+
+
+def leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from leaves(error)
+        else:
+            yield error

@@ -1,0 +1,41 @@
+"""What every test gets: an outbox of each kind, and a loop that loses no task's error."""
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+
+from relay.outbox import Outbox, open_outbox
+
+STORES = ("sqlite",)
+
+
+@pytest.fixture(autouse=True)
+def no_error_is_lost() -> Iterator[None]:
+    """Fail a test in which a task died unheard: asyncio only logs that, and warnings do not catch it."""
+    lost: list[str] = []
+    listener = logging.Handler(logging.ERROR)
+    listener.emit = lambda record: lost.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("asyncio").addHandler(listener)
+    yield
+    logging.getLogger("asyncio").removeHandler(listener)
+    assert not lost
+
+
+@pytest.fixture(params=STORES)
+def open_store(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Callable[[], AbstractAsyncContextManager[Outbox]]:
+    """Open the same outbox, again and again; one parameter for each kind of store."""
+    return lambda: open_outbox(tmp_path / "relay.db")
+
+
+@pytest.fixture
+async def outbox(
+    open_store: Callable[[], AbstractAsyncContextManager[Outbox]],
+) -> AsyncIterator[Outbox]:
+    async with open_store() as opened:
+        await opened.register(["main", "other"])
+        yield opened

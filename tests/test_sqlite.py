@@ -1,0 +1,283 @@
+"""What only the SQLite outbox promises: its file, its plans, and what it does when the disk fails."""
+
+import hashlib
+import os
+import re
+import sqlite3
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relay.model import State, Verdict
+from relay.outbox import DamagedError, FullError, HeldError, NewerSchemaError, open_outbox, schema, statements
+from tests.test_outbox import DELIVERED, NOW, again, attempt, submission
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "relay.db"
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+async def test_commits_are_synced_and_logged_ahead(path):
+    """NORMAL does not sync ordinary commits: 202 would not mean kept."""
+    async with open_outbox(path) as outbox:
+        pragmas = {
+            name: await outbox._run(lambda db, name=name: db.execute(f"PRAGMA {name}").fetchone()[0])
+            for name in ("journal_mode", "synchronous", "foreign_keys", "auto_vacuum", "application_id")
+        }
+    assert pragmas == {
+        "journal_mode": "wal",
+        "synchronous": 2,
+        "foreign_keys": 1,
+        "auto_vacuum": 2,
+        "application_id": 0x52454C59,
+    }
+
+
+async def test_files_are_the_relays_alone(path):
+    """Secrets of API endpoints lie in the outbox in clear."""
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        modes = {each.name: stat.S_IMODE(each.stat().st_mode) for each in path.parent.iterdir()}
+    assert modes == dict.fromkeys(("relay.db", "relay.db-wal", "relay.db-shm", "relay.db.lock"), 0o600)
+
+
+async def test_a_second_relay_is_refused_and_told_by_whom(path):
+    async with open_outbox(path):
+        with pytest.raises(HeldError, match=rf"held by another relay \(process {os.getpid()}\)"):
+            async with open_outbox(path):
+                raise AssertionError
+    async with open_outbox(path):
+        pass
+
+
+async def test_a_newer_schema_is_refused_and_not_touched(path):
+    async with open_outbox(path):
+        pass
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    before = digest(path)
+    with pytest.raises(NewerSchemaError, match=r"has schema 99, this relay knows \d+: start the newer relay"):
+        async with open_outbox(path):
+            raise AssertionError
+    assert digest(path) == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"not a database at all, but long enough to be read\n" * 40, b"x" * 8192]
+)
+async def test_a_file_that_is_no_database_is_refused_and_not_touched(path, content):
+    path.write_bytes(content)
+    with pytest.raises(DamagedError, match="cannot be read as an outbox"):
+        async with open_outbox(path):
+            raise AssertionError
+    assert path.read_bytes() == content
+
+
+async def test_somebody_elses_database_is_refused_and_not_touched(path):
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE theirs (a)")
+    db.close()
+    before = digest(path)
+    with pytest.raises(DamagedError, match="is an SQLite database, but not an outbox"):
+        async with open_outbox(path):
+            raise AssertionError
+    assert digest(path) == before
+
+
+async def test_an_older_schema_is_brought_forward_with_what_it_holds(path, monkeypatch):
+    """The next version is appended; a file of the version before gets only what is new."""
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        await outbox.accept([submission("a")])
+    newer = ("ALTER TABLE events ADD COLUMN note TEXT",)
+    monkeypatch.setattr(schema, "VERSIONS", (*schema.VERSIONS, newer))
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        assert [each.event.id for each in await outbox.claim("main", 9, NOW)] == ["evt_a"]
+        version = await outbox._run(lambda db: db.execute("PRAGMA user_version").fetchone()[0])
+    assert version == len(schema.VERSIONS)
+
+
+async def test_a_migration_that_fails_leaves_the_old_schema(path, monkeypatch):
+    async with open_outbox(path):
+        pass
+    broken = ("ALTER TABLE events ADD COLUMN note TEXT", "ALTER TABLE nowhere ADD COLUMN note TEXT")
+    monkeypatch.setattr(schema, "VERSIONS", (*schema.VERSIONS, broken))
+    with pytest.raises(sqlite3.OperationalError, match="nowhere"):
+        async with open_outbox(path):
+            raise AssertionError
+    monkeypatch.undo()
+    async with open_outbox(path) as outbox:
+        columns = await outbox._run(
+            lambda db: [row[1] for row in db.execute("PRAGMA table_info(events)").fetchall()]
+        )
+    assert "note" not in columns
+
+
+def plans(db: sqlite3.Connection, run) -> list[str]:
+    """Return the query plan of every statement that `run` executes."""
+    statements_run: list[str] = []
+    db.set_trace_callback(statements_run.append)
+    run(db)
+    db.set_trace_callback(None)
+    return [row[3] for sql in statements_run for row in db.execute("EXPLAIN QUERY PLAN " + sql)]
+
+
+HOT = {
+    "accept": lambda db: (
+        statements.insert_events(
+            db, [(n, f"e{n}", "t", "z", b"1", b"d", NOW, None, None, f"k{n}", b"f") for n in (501, 502)]
+        ),
+        statements.insert_deliveries(db, [(501, 1, NOW, "event"), (502, 1, NOW, "event")]),
+    ),
+    "idempotency": lambda db: (statements.known_key(db, "k1"), statements.endpoints_of(db, 1)),
+    "claim": lambda db: statements.look(db, 1, NOW, (NOW - 1, 5), 10),
+    "record": lambda db: (
+        statements.update_deliveries(db, [(n, 1, 1, None, 1, 0, NOW, 5, 200, "ok") for n in (1, 2)]),
+        statements.insert_attempts(db, [(n, 1, 1, NOW, 5, 500, "http_500", "no") for n in (1, 2)]),
+    ),
+    "story": lambda db: statements.story(db, "evt_1"),
+    "forget": lambda db: statements.forget(db, NOW + 1, 0, 10),
+    "cancel": lambda db: statements.cancel(db, 1, 10),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", HOT)
+async def test_every_hot_statement_is_a_seek(path, verb):
+    """A scan or a sort would cost more the more is pending."""
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        await outbox.accept([submission(f"{n}", key=f"key{n}") for n in range(500)])
+        found = await outbox._run(plans, HOT[verb])
+    # Co-routines and materialised VALUES are the rows handed in; endpoints are as many as the config has.
+    allowed = re.compile(r"SEARCH |SCAN \d+ CONSTANT|SCAN (done|p)\b|CO-ROUTINE|MATERIALIZE|LIST SUBQUERY")
+    assert [step for step in found if not allowed.match(step)] == []
+
+
+async def test_a_claim_visits_as_many_rows_in_a_large_backlog_as_in_a_small_one(path):
+    """The plan can look like seeks and still walk over the backlog, so count what the machine does."""
+
+    def steps(db: sqlite3.Connection, place: tuple[int, int]) -> int:
+        counted = 0
+
+        def count() -> int:
+            nonlocal counted
+            counted += 1
+            return 0
+
+        db.set_progress_handler(count, 1)
+        rows, _ = statements.look(db, 1, NOW, place, 10)
+        db.set_progress_handler(None, 0)
+        assert len(rows) == 10
+        return counted
+
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        await outbox.accept([submission(f"{n}") for n in range(100)])
+        small = await outbox._run(steps, (NOW, 50))
+        for start in range(100, 6000, 1000):
+            await outbox.accept([submission(f"{n}") for n in range(start, start + 1000)])
+        large = await outbox._run(steps, (NOW, 5000))  # all of the same due time, as after a bulk replay
+    assert large <= small * 1.2
+
+
+async def test_a_full_disk_refuses_events_and_keeps_outcomes(path):
+    """SQLITE_FULL rolls the whole transaction back; what was met must not be lost with it."""
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        await outbox.accept([submission(f"{n}", data=b'"%b"' % (b"x" * 3000)) for n in range(50)])
+        (claimed, *_) = await outbox.claim("main", 2, NOW)
+        pages = await outbox._run(lambda db: db.execute("PRAGMA page_count").fetchone()[0])
+        await outbox._run(lambda db: db.execute(f"PRAGMA max_page_count = {pages}").fetchone())
+
+        with pytest.raises(FullError, match="there is no room"):
+            await outbox.accept([submission("big", data=b'"%b"' % (b"x" * 200_000))])
+        assert "there is no room" in outbox.trouble()
+        await outbox.record(claimed, attempt(claimed), DELIVERED)
+        story = await outbox.story(claimed.event.id)
+        assert story.deliveries[0].state is State.DELIVERED
+
+        await outbox._run(lambda db: db.execute("PRAGMA max_page_count = 1000000").fetchone())
+        await outbox.accept([submission("big", data=b'"%b"' % (b"x" * 200_000))])
+        assert outbox.trouble() is None
+
+
+async def test_outcomes_that_find_no_room_are_written_once_there_is(path, monkeypatch):
+    monkeypatch.setattr("relay.outbox.sqlite.FULL_RETRY_SECONDS", 0.02)
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        await outbox.accept([submission("a")])
+        (claimed,) = await outbox.claim("main", 1, NOW)
+        failures = iter([sqlite3.OperationalError("database or disk is full")] * 3)
+        real = statements.update_deliveries
+
+        def fails_thrice(db, rows):
+            for error in failures:
+                error.sqlite_errorname = "SQLITE_FULL"
+                raise error
+            real(db, rows)
+
+        monkeypatch.setattr(statements, "update_deliveries", fails_thrice)
+        await outbox.record(claimed, attempt(claimed, "timeout"), again(NOW + 1))
+        (late,) = await outbox.claim("main", 1, NOW + 1)
+    assert late.attempts == 1
+
+
+async def test_a_failing_disk_ends_the_relay_and_answers_nobody_falsely(path, monkeypatch):
+    """A failed commit is ambiguous: the row may be there after a restart, so only a restart may tell."""
+
+    def fails(db, rows):
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorname = "SQLITE_IOERR_FSYNC"
+        raise error
+
+    with pytest.raises(ExceptionGroup) as ended:
+        async with open_outbox(path) as outbox:
+            await outbox.register(["main"])
+            monkeypatch.setattr(statements, "insert_events", fails)
+            await outbox.accept([submission("a")])
+    assert ended.value.subgroup(DamagedError) is not None
+
+
+async def test_what_a_killed_process_had_accepted_is_there(path):
+    """No orderly close: the file is left as it is in the middle of things."""
+    script = """
+import asyncio, os, sys
+from pathlib import Path
+from relay.outbox import open_outbox
+from tests.test_outbox import submission
+
+async def main():
+    async with open_outbox(Path(sys.argv[1])) as outbox:
+        await outbox.register(["main"])
+        for n in range(20):
+            await outbox.accept([submission(f"{n}")])
+        os.kill(os.getpid(), 9)
+
+asyncio.run(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", script, str(path)], check=False, timeout=30)
+    assert ended.returncode == -9
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        assert len(await outbox.claim("main", 99, NOW)) == 20
+
+
+async def test_a_verdict_does_not_undo_what_ended(path):
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        await outbox.accept([submission("a")])
+        (claimed,) = await outbox.claim("main", 1, NOW)
+        await outbox.register([])  # cancels it
+        await outbox.record(claimed, attempt(claimed, "timeout"), Verdict(state=State.DEAD, steps=0))
+        story = await outbox.story("evt_a")
+    assert story.deliveries[0].state is State.CANCELLED
