@@ -1,3 +1,30 @@
-"""relay: a webhook sidecar. This is the map."""
+"""relay: a webhook sidecar. This is the map: an event's way through these files, in order.
+
+An application posts an event on localhost.
+
+    api/          takes it over HTTP: who may talk to us, is it JSON, what is the answer
+    canonical.py  gives its data the bytes that JavaScript would write
+    ingest.py     makes it an event, with one delivery for each endpoint that wants it
+    subscription.py  knows which endpoints those are
+    outbox/       keeps both on disk before the 202, and everything that follows
+    delivery.py   a lane for each endpoint takes what is due
+    formats.py    the body it is sent with
+    signing.py    the headers that prove where it comes from
+    sender.py     makes one attempt, and tells what it met
+    egress.py     judges every address before it is dialled
+    retry.py      decides what follows: delivered, again later, dead
+    retention.py  forgets what is old and over
+
+Around that:
+
+    __main__.py, cli/  the command line, the only place that prints
+    serve.py      builds and joins all of these; starts downwards, stops upwards
+    config/       a TOML file in, frozen objects out
+    clock.py      what time it is, and waiting for a time
+    logs.py       the relay's own log
+    model.py      the words: event, endpoint, delivery, attempt, outcome, verdict
+
+Data goes forward only; the one signal backwards is `wake`.
+"""
 
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from relay import __version__, egress, logs
+from relay import __version__, logs
 from relay.api import make_app, make_ops_app
 from relay.api.guard import LOOPBACK_HOSTS
 from relay.api.state import State
@@ -63,7 +63,7 @@ async def serve(config: Config, path: Path) -> None:
     async with open_outbox(config.outbox.path, synchronous=config.outbox.durability) as outbox:
         for endpoint, count in (await outbox.register([each.id for each in config.endpoints])).items():
             log.warning("deliveries_cancelled", extra={"endpoint": endpoint, "deliveries": count})
-        async with open_sender(policy=policy(config), version=__version__) as sender:
+        async with open_sender(policy=config.egress.policy, version=__version__) as sender:
             lanes = Lanes(
                 Lane(endpoint, outbox=outbox, sender=sender, clock=clock) for endpoint in config.endpoints
             )
@@ -184,16 +184,6 @@ def bound_unix(path: Path) -> socket.socket:
     listener.bind(str(path))
     path.chmod(SOCKET_MODE)
     return listener
-
-
-def policy(config: Config) -> egress.Policy:
-    settings = config.egress
-    return egress.Policy(
-        allow_private=settings.allow_private,
-        allow_private_for_api=settings.allow_private_for_api,
-        ports=frozenset(settings.ports) if settings.ports is not None else None,
-        allow_http=settings.allow_http,
-    )
 
 
 def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:

@@ -53,9 +53,12 @@ def standard_key(secret: Secret) -> bytes:
     encoded = text.removeprefix("whsec_")
     try:
         # Secrets are copied by hand; a lost padding is no reason to refuse one.
-        return base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
+        key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
     except binascii.Error as error:
         raise UnusableSecretError("what follows whsec_ is not base64: copy the secret again") from error
+    if not key:
+        raise UnusableSecretError("nothing follows whsec_: copy the secret again")
+    return key
 
 
 Scheme = Callable[[Sequence[Secret]], Signer]

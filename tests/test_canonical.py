@@ -355,6 +355,7 @@ NUMBERS = [
     lambda dice: f"{dice.randrange(1, 10**6)}e-{dice.randrange(310, 328)}",  # subnormal
     lambda dice: str(dice.randrange(-(2**53), 2**53 + 1)),
     lambda dice: f"{dice.randrange(-100, 100)}{dice.choice(['', '.0', '.50'])}",
+    lambda dice: f"{dice.randrange(10**18, 10**24)}{dice.choice(['.0', '.5', 'e-3'])}",  # by the exact parser
     lambda dice: dice.choice(EDGES),
 ]
 
@@ -455,7 +456,7 @@ FRAGMENTS += [
 ]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(VALUES)
 @example([1e21])
 @example({"1": 1, "0": 2})
@@ -466,7 +467,7 @@ def test_the_fast_way_misses_nothing_that_the_careful_way_would_change(value: JS
     assert encode(value) == orjson.dumps(canonical._like_javascript(value))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(VALUES)
 def test_canonical_bytes_stay_as_they_are_when_written_again(value: JSON):
     """What a replay reads back from the outbox, and what a receiver re-serialises, must be the same bytes."""
@@ -490,13 +491,13 @@ def holds_a_double_that_reads_back_as_a_refused_integer(value: JSON) -> bool:
 TEXTS = st.lists(st.sampled_from(FRAGMENTS)).map(b"".join)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(TEXTS | VALUES.map(json.dumps).map(str.encode))
 def test_both_parsers_agree_on_every_text(source):
     """A long integer anywhere must change nothing about the rest: neither what is taken nor what it means."""
-    filler = b",0.10000000000000000000000]"
-
-    assert value_or_refusal(b"[" + source + b",0.1]") == value_or_refusal(b"[" + source + filler)
+    assert value_or_refusal(b"[" + source + b",1e18]") == value_or_refusal(
+        b"[" + source + b",1000000000000000000e0]"
+    )
 
 
 def value_or_refusal(source: bytes) -> str:
@@ -506,7 +507,7 @@ def value_or_refusal(source: bytes) -> str:
         return "refused"
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.binary() | TEXTS)
 def test_any_bytes_are_json_or_refused_by_name(source):
     """Anything else would be a 500 that a stranger's bytes can cause."""

@@ -188,6 +188,53 @@ def test_references_are_replaced_once_in_text_values_only(load_text, tmp_path):
     assert type(config.events["a"].description) is str
 
 
+def test_nothing_follows_from_a_reference_that_leads_nowhere(problems):
+    """One cause is told once, and the other mistakes of the file beside it."""
+    text = """\
+[[endpoints]]
+id = "${env:GONE}"
+url = "${env:GONE}"
+events = ["${env:GONE}"]
+secret = "${env:BYTES}"
+headers = { X-A = "${env:GONE}" }
+retry_schedule = ["${env:GONE}", 5]
+[events.a]
+sample = [{ at = "${env:GONE}" }]
+"""
+    told = problems(text, {"BYTES": "\udcff"})
+
+    assert [problem.partition(": ")[2] for problem in told] == [
+        "endpoints[0].id: the variable GONE is not set",
+        "endpoints[0].url: the variable GONE is not set",
+        "endpoints[0].events[0]: the variable GONE is not set",
+        "endpoints[0].secret: the variable BYTES is not UTF-8 text",
+        "endpoints[0].headers.X-A: the variable GONE is not set",
+        "endpoints[0].retry_schedule[0]: the variable GONE is not set",
+        'endpoints[0].retry_schedule[1]: expected a duration with its unit, such as "30s", not a bare number',
+        "events.a.sample[0].at: the variable GONE is not set",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[server]\nlisten = "0.0.0.0:1"\ntokens = [5]\n',
+        '[delivery]\nsignatures = "socialsyncer"\n' + ENDPOINT.replace("s3cret", "whsec_!"),
+        '[egress]\nallow_http = "yes"\n' + ENDPOINT.replace("https://example.com", "http://localhost"),
+    ],
+)
+def test_nothing_follows_from_a_value_that_is_wrong_itself(problems, text):
+    """What a wrong value was meant to be is not known, so nothing is held against it."""
+    assert len(problems(text)) == 1
+
+
+def test_two_listeners_may_both_take_a_free_port(load_text):
+    """Port 0 means two different ports, so it is no clash."""
+    server = load_text('[server]\nlisten = "127.0.0.1:0"\nops_listen = "127.0.0.1:0"\n').server
+
+    assert server.ops_listen == server.listen
+
+
 def test_a_variable_overrides_a_single_value(load_text):
     """A container image keeps its file and is told the rest by its environment."""
     environ = {
@@ -289,6 +336,65 @@ BROKEN = {
         'relay.toml:2: egress.allow_private[1]: "10.1.2.3/16" is not a range of addresses; '
         'did you mean "10.1.0.0/16"?',
     ),
+    "a list for a word": (
+        "[logging]\nlevel = []\n",
+        "relay.toml:2: logging.level: expected one of debug, info, warning, error, not a list",
+    ),
+    "a time for a duration": (
+        "[server]\nlinger = 00:00:30\n",
+        'relay.toml:2: server.linger: expected a duration with its unit, such as "30s", not a date or time',
+    ),
+    "text for a list": (
+        '[server]\ntokens = "sk_1"\n',
+        "relay.toml:2: server.tokens: expected a list of tokens, not text",
+    ),
+    "a token with a space": (
+        '[server]\ntokens = ["sk_1", "sk 2", ""]\n',
+        "relay.toml:2: server.tokens[1]: holds other than visible ASCII characters\n"
+        "relay.toml:2: server.tokens[2]: is empty",
+    ),
+    "a size out of range": (
+        '[server]\nmax_event_size = "1GiB"\n',
+        'relay.toml:2: server.max_event_size: "1GiB" is not from 1B to 16MiB',
+    ),
+    "a host with a port": (
+        '[server]\nallowed_hosts = ["relay.internal:8484"]\n',
+        'relay.toml:2: server.allowed_hosts[0]: "relay.internal:8484" is not a host name or an IP address '
+        "without a port",
+    ),
+    "no path": (
+        '[outbox]\npath = ""\n',
+        "relay.toml:2: outbox.path: is not a path",
+    ),
+    "a range that is none": (
+        '[egress]\nallow_private = ["intranet"]\n',
+        'relay.toml:2: egress.allow_private[0]: "intranet" is not a range of addresses such as "10.1.0.0/16"',
+    ),
+    "a header twice": (
+        '[delivery.headers]\nX-A = "1"\nx-a = "2"\n',
+        "relay.toml:3: delivery.headers.x-a: is given twice; upper and lower case are the same to HTTP",
+    ),
+    "headers that are no table": (
+        "[delivery]\nheaders = []\n",
+        "relay.toml:2: delivery.headers: expected a table of headers, not a list",
+    ),
+    "a type that is too long": (
+        f"[events.{'a' * 129}]\n",
+        f'relay.toml:1: events.{"a" * 129}: "{"a" * 120}…" is not an event type: '
+        "dot-separated parts of A-Z a-z 0-9 _ -, 128 characters at most",
+    ),
+    "types that are no tables": (
+        'events = ["a"]\n',
+        "relay.toml:1: events: expected a table for each event type, not a list",
+    ),
+    "infinity in a sample": (
+        "[events.a]\nsample = inf\n",
+        "relay.toml:2: events.a.sample: holds a number that JSON cannot carry exactly",
+    ),
+    "a schema that is no table": (
+        "[events.a]\nschema = true\n",
+        "relay.toml:2: events.a.schema: expected a table, not a boolean",
+    ),
     "an empty list of ports": (
         "[egress]\nports = []\n",
         "relay.toml:2: egress.ports: is empty; expected a list of ports",
@@ -299,11 +405,11 @@ BROKEN = {
     ),
     "a file that is not there": (
         '[server]\ntokens = ["${file:/gone/token}"]\n',
-        "relay.toml:2: server.tokens[0]: the file /gone/token cannot be read: No such file or directory",
+        'relay.toml:2: server.tokens[0]: the file "/gone/token" cannot be read: No such file or directory',
     ),
     "a reference of an unknown kind": (
         '[outbox]\npath = "${HOME}/relay.db"\n',
-        "relay.toml:2: outbox.path: ${HOME} is not ${env:NAME}, ${env:NAME:-default} or ${file:PATH}; "
+        "relay.toml:2: outbox.path: ${ does not begin ${env:NAME}, ${env:NAME:-default} or ${file:PATH}; "
         "$$ is a plain $",
     ),
     "an endpoint without its keys": (
@@ -343,6 +449,11 @@ BROKEN = {
         ENDPOINT.replace("s3cret", ""),
         'relay.toml:5: endpoints[0].secret: is empty (endpoint "main")',
     ),
+    "a secret copied with a blank": (
+        ENDPOINT.replace("s3cret", " s3cret"),
+        "relay.toml:5: endpoints[0].secret: begins or ends with white space, "
+        'which was probably copied with it (endpoint "main")',
+    ),
     "an unknown scheme": (
         ENDPOINT + 'signatures = ["standart"]\n',
         'relay.toml:6: endpoints[0].signatures[0]: "standart" is not one of standard, socialsyncer '
@@ -355,6 +466,10 @@ BROKEN = {
     "a header of the relay's own": (
         ENDPOINT + "[endpoints.headers]\nWebhook-Id = 'x'\n",
         'relay.toml:7: endpoints[0].headers.Webhook-Id: is a header the relay sets itself (endpoint "main")',
+    ),
+    "a header of HTTP's own": (
+        '[delivery.headers]\nContent-Type = "text/plain"\n',
+        "relay.toml:2: delivery.headers.Content-Type: is a header the relay sets itself",
     ),
     "a header name with a space": (
         '[delivery.headers]\n"X Y" = "1"\n',
@@ -370,12 +485,16 @@ BROKEN = {
         "holds a date or time, which JSON does not have; write it as text",
     ),
     "a number JSON cannot carry": (
-        "[events.a]\nsample = [1, -9223372036854775809]\n",
+        "[events.a]\nsample = [1, 1.5, -9223372036854775808, 18446744073709551616]\n",
         "relay.toml:2: events.a.sample: holds a number that JSON cannot carry exactly",
     ),
     "a type that is not quoted": (
         "[events.post.published]\ndescription = 'x'\n",
         'relay.toml:1: events.post.published: a type with dots is quoted: [events."post.published"]',
+    ),
+    "an unknown table of a type": (
+        "[events.a.smaple]\nx = 1\n",
+        'relay.toml:1: events.a.smaple: unknown key; did you mean "sample"?',
     ),
     "a type of the relay's own": (
         '[events."relay.x"]\n',
@@ -413,7 +532,7 @@ def test_a_mistake_is_told_with_its_line_and_key(problems, text, told):
         ("RELAY_EGRESS__ALLOW_HTTP", "yes", "expected true or false, not text"),
         ("RELAY_DELIVERY__CONCURRENCY", "9999", "9999 is not from 1 to 1000"),
         ("RELAY_DELIVERY__CONCURRENCY", "many", "expected a whole number from 1 to 1000, not text"),
-        ("RELAY_OUTBOX__PATH", "\udcff", "is not UTF-8"),
+        ("RELAY_OUTBOX__PATH", "\udcff", "is not UTF-8 text"),
     ],
 )
 def test_a_mistake_in_a_variable_names_the_variable(problems, variable, value, told):
@@ -456,6 +575,7 @@ prots = [443]
         "relay.toml:5: endpoints[0].secret",
         "relay.toml:7: endpoints[1].events",
         "relay.toml:8: endpoints[1].id",
+        "relay.toml:9: endpoints[1].url",
         "relay.toml:10: endpoints[1].evnets",
         "relay.toml:11: endpoints[1].secret",
         "relay.toml:12: endpoints[1].timeout",
@@ -596,7 +716,9 @@ def test_secrets_are_never_shown(load_text, problems, tmp_path):
         id = "{reference}."
         url = "https://user:{CANARY}@example.com/"
         events = ["{reference}.*.*"]
-        secrets = ["{CANARY} ", "whsec_{CANARY}"]
+        secrets = [
+          "{CANARY} ", "whsec_{CANARY}", "{CANARY}${{{CANARY}", "${{env:{CANARY}!}}", "${{{CANARY}}}",
+        ]
         [[endpoints]]
         id = "{reference}"
         url = "https://example.com/"
@@ -726,7 +848,7 @@ endpoints = [
 )
 def test_durations_are_sums_of_their_parts(text, seconds):
     """Written as people and Prometheus write them."""
-    assert parse_duration(text) == seconds
+    assert parse_duration(text) == pytest.approx(seconds, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -783,6 +905,15 @@ def test_a_file_that_cannot_be_read_is_told_without_a_trace(tmp_path):
         with pytest.raises(ConfigError) as caught:
             load(path, {})
         assert caught.value.problems == (f"{path}: cannot be read: {why}",)
+
+
+def test_a_secret_file_that_is_no_text_is_told(problems, tmp_path):
+    """Keys are sometimes mounted as raw bytes, which no scheme takes."""
+    (tmp_path / "raw").write_bytes(b"\xff")
+
+    (problem,) = problems(f'[outbox]\npath = "${{file:{tmp_path}/raw}}"\n')
+
+    assert problem == 'relay.toml:2: outbox.path: the file "raw" is not UTF-8 text'
 
 
 def test_deep_nesting_is_a_mistake_and_no_crash(problems):

@@ -1,0 +1,180 @@
+"""The config: a TOML file and the environment in, frozen objects that other modules own out.
+
+Contract section 8. Every mistake is told at once, as `file:line: table.key: what is wrong`. Nothing else
+in the relay reads the config or the environment.
+
+    lines      where each key stands in the text
+    source     file + overrides + substitution -> raw tables
+    check      raw tables -> values, noting what is wrong
+    quantity, address, header, values     what single values mean
+    settings   which keys there are
+    endpoint   [[endpoints]] -> relay.model.Endpoint
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from relay.config.address import Address
+from relay.config.check import Report, WrongValueError, has_type, keys, read_table, refuse_unknown
+from relay.config.endpoint import read_endpoints
+from relay.config.lines import Place
+from relay.config.quantity import parse_duration, parse_size
+from relay.config.settings import (
+    STANDARD_SCHEDULE,
+    TABLES,
+    DeliverySettings,
+    EgressSettings,
+    EventType,
+    Logging,
+    OutboxSettings,
+    Server,
+)
+from relay.config.source import UnreadableError, read_source
+from relay.config.values import parse_event_type
+from relay.model import Endpoint
+
+__all__ = [
+    "STANDARD_SCHEDULE",
+    "Address",
+    "Config",
+    "ConfigError",
+    "DeliverySettings",
+    "EgressSettings",
+    "EventType",
+    "Logging",
+    "OutboxSettings",
+    "Server",
+    "WrongValueError",
+    "find",
+    "load",
+    "parse_duration",
+    "parse_size",
+]
+
+T = TypeVar("T")
+
+_DEFAULT_PATHS = (Path("relay.toml"), Path("/etc/relay/relay.toml"))
+
+
+class ConfigError(Exception):
+    """The config cannot be used; each problem is one line that says where it is and what is wrong."""
+
+    def __init__(self, problems: tuple[str, ...]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything the relay was told, checked."""
+
+    server: Server
+    outbox: OutboxSettings
+    delivery: DeliverySettings
+    egress: EgressSettings
+    logging: Logging
+    endpoints: tuple[Endpoint, ...]
+    events: Mapping[str, EventType]
+
+
+def find(option: str | None, environ: Mapping[str, str]) -> Path:
+    """Return the file to read: the --config option, else $RELAY_CONFIG, else the first that exists."""
+    given = option or environ.get("RELAY_CONFIG")
+    candidates = (Path(given),) if given else _DEFAULT_PATHS
+    for path in candidates:
+        if _is_there(path):
+            return path
+    looked = " and ".join(str(path) for path in candidates)
+    asked = "--config" if option else "RELAY_CONFIG" if given else "no --config, no RELAY_CONFIG"
+    raise ConfigError((f"no config file: looked for {looked} ({asked})",))
+
+
+def load(path: Path, environ: Mapping[str, str]) -> Config:
+    """Read and check the config; raise ConfigError with everything that is wrong with it."""
+    report = Report()
+    try:
+        source = read_source(path, environ, TABLES, report)
+    except UnreadableError as error:
+        raise ConfigError((str(error),)) from None
+    config = _config(source.tables, report)
+    if report.found:
+        raise ConfigError(source.told(report))
+    return config
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()  # not is_file: a shell's <(command) is a pipe
+    except OSError:  # a folder on the way may not be entered
+        return False
+
+
+def _config(tables: Mapping[str, Any], report: Report) -> Config:
+    refuse_unknown(tables, [*TABLES, "endpoints", "events"], (), report)
+    server = _table(Server, "server", tables, report)
+    delivery = _table(DeliverySettings, "delivery", tables, report)
+    rules = _table(EgressSettings, "egress", tables, report)
+    _check_listening(server, report)
+    return Config(
+        server=server,
+        outbox=_table(OutboxSettings, "outbox", tables, report),
+        delivery=delivery,
+        egress=rules,
+        logging=_table(Logging, "logging", tables, report),
+        endpoints=read_endpoints(tables.get("endpoints", []), delivery, rules.policy, report),
+        events=_catalogue(tables.get("events", {}), report),
+    )
+
+
+def _table(kind: type[T], name: str, tables: Mapping[str, Any], report: Report) -> T:
+    (fields,) = read_table(tables.get(name, {}), (name,), report, kind)
+    return kind(**fields)
+
+
+def _catalogue(raw: Any, report: Report) -> dict[str, EventType]:
+    at = ("events",)
+    if not has_type(raw, dict, "a table for each event type", at, report):
+        return {}
+    return {name: _event_type(name, table, (*at, name), report) for name, table in raw.items()}
+
+
+def _event_type(name: str, table: Any, at: Place, report: Report) -> EventType:
+    try:
+        parse_event_type(name)
+    except WrongValueError as wrong:
+        report.wrong(at, str(wrong))
+    if (split := _split_name(table)) is not None:
+        report.wrong((*at, split), f'a type with dots is quoted: [events."{name}.{split}"]')
+        return EventType(type=name)
+    (fields,) = read_table(table, at, report, EventType)
+    return EventType(type=name, **fields)
+
+
+def _split_name(table: Any) -> str | None:
+    """Return the rest of a type that was not quoted, so that TOML made nested tables of its parts."""
+    known = keys(EventType)
+    inner = table.items() if isinstance(table, dict) else ()
+    return next(
+        (
+            name
+            for name, value in inner
+            if isinstance(value, dict) and name not in known and not get_close_matches(name, known)
+        ),
+        None,
+    )
+
+
+def _check_listening(server: Server, report: Report) -> None:
+    listen, ops_listen = server.listen, server.ops_listen
+    # Without tokens anyone who can connect may submit, so only this machine may connect (contract 3).
+    if not listen.is_local and not server.tokens and report.clean(("server", "tokens")):
+        report.wrong(
+            ("server", "listen"),
+            f"{listen} can be reached from other machines: set server.tokens, "
+            "or listen on 127.0.0.1 or a unix socket",
+        )
+    if ops_listen == listen and (listen.port or listen.path):
+        report.wrong(("server", "ops_listen"), "is the same address as server.listen")

@@ -1,0 +1,85 @@
+"""One [[endpoints]] table in, a `relay.model.Endpoint` with every default filled in out."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from relay import egress
+from relay.config.check import Report, has_type, read_table
+from relay.config.lines import Place
+from relay.config.settings import DeliverySettings, EndpointSettings
+from relay.model import Endpoint, Secret, Signer
+from relay.signing import SCHEMES, UnusableSecretError
+
+
+def read_endpoints(
+    raw: Any, delivery: DeliverySettings, policy: egress.Policy, report: Report
+) -> tuple[Endpoint, ...]:
+    """Read all endpoints; those with a mistake are noted and left out."""
+    at: Place = ("endpoints",)
+    if not has_type(raw, list, "[[endpoints]] tables", at, report):
+        return ()
+    endpoints: list[Endpoint] = []
+    seen: dict[str, int] = {}
+    for index, table in enumerate(raw):
+        place = (*at, index)
+        if not has_type(table, dict, "a table", place, report):
+            continue
+        endpoint = _endpoint(table, place, delivery, policy, report)
+        named = "id" in table and report.clean((*place, "id"))
+        if named and (first := seen.setdefault(table["id"], index)) != index:
+            report.wrong((*place, "id"), f"is the id of endpoints[{first}] already")
+            continue
+        if endpoint is not None:
+            endpoints.append(endpoint)
+    return tuple(endpoints)
+
+
+def _endpoint(
+    table: Mapping[str, Any], at: Place, delivery: DeliverySettings, policy: egress.Policy, report: Report
+) -> Endpoint | None:
+    own, changes = read_table(table, at, report, EndpointSettings, DeliverySettings)
+    how = replace(delivery, **changes)
+    # Whether http is meant to be allowed cannot be known while that is itself a mistake.
+    if "url" in own and report.clean(("egress", "allow_http")):
+        problem = egress.check_url(own["url"], policy)
+        if problem is not None:
+            report.wrong((*at, "url"), problem)
+    sign = _signers(table, own, how, at, report)
+    if not report.clean(at):
+        return None
+    return Endpoint(
+        id=own["id"],
+        url=own["url"],
+        events=own["events"],
+        description=own.get("description", ""),
+        sign=sign,
+        retry_schedule=how.retry_schedule,
+        timeout_seconds=how.timeout_seconds,
+        concurrency=how.concurrency,
+        headers=how.headers,
+    )
+
+
+def _signers(
+    table: Mapping[str, Any], own: Mapping[str, Any], how: DeliverySettings, at: Place, report: Report
+) -> tuple[Signer, ...]:
+    """Prepare each scheme with the endpoint's secrets, newest first."""
+    if "secret" in table and "secrets" in table:
+        report.wrong((*at, "secrets"), "stands beside secret; give one of them")
+        return ()
+    if "secret" not in table and "secrets" not in table:
+        report.wrong((*at, "secret"), "is missing")
+        return ()
+    name = "secret" if "secret" in table else "secrets"
+    # A mistake in the schemes or the secrets has been told; what would follow from it has not to be.
+    if not report.clean((*at, name), (*at, "signatures"), ("delivery", "signatures")):
+        return ()
+    secrets: tuple[Secret, ...] = own["secrets"] if name == "secrets" else (own["secret"],)
+    signers: list[Signer] = []
+    for scheme in how.signatures:
+        try:
+            signers.append(SCHEMES[scheme](secrets))
+        except UnusableSecretError as error:
+            report.wrong((*at, name), f"cannot sign as {scheme}: {error}")
+    return tuple(signers)

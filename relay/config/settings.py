@@ -1,0 +1,174 @@
+"""The tables of the config: which keys there are, how each is read, and its default.
+
+A new key is one line here: the type of the field, the reader of its value, its name in the file when
+that differs, its default (none: the key is required).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from relay import egress
+from relay.config.address import Address, parse_address, parse_host, parse_network, parse_path
+from relay.config.check import ListOf, Report, Scalar, has_type
+from relay.config.header import HeaderTable
+from relay.config.lines import Place
+from relay.config.quantity import duration_between, number_between, one_of, size_between
+from relay.config.values import (
+    parse_endpoint_id,
+    parse_json,
+    parse_secret,
+    parse_subscription,
+    parse_token,
+)
+from relay.model import Secret
+from relay.signing import SCHEMES
+
+# The delays before each retry, Standard Webhooks 1.0.0, "Deliverability and reliability".
+STANDARD_SCHEDULE = (5.0, 300.0, 1_800.0, 7_200.0, 18_000.0, 36_000.0, 50_400.0, 72_000.0, 86_400.0)
+_LOOPBACK = Address(host="127.0.0.1", port=8484)
+
+
+def _duration(shortest: str, longest: str) -> Scalar[float]:
+    return Scalar(str, 'a duration with its unit, such as "30s"', duration_between(shortest, longest))
+
+
+def _number(low: int, high: int) -> Scalar[int]:
+    return Scalar(int, f"a whole number from {low} to {high}", number_between(low, high))
+
+
+def _word(*words: str) -> Scalar[str]:
+    return Scalar(str, f"one of {', '.join(words)}", one_of(*words))
+
+
+class _RetrySchedule:
+    """Reads a list of durations, or the name of a schedule."""
+
+    toml: type = str
+    _delays = ListOf(_duration("0s", "30d"), '"standard" or a list of durations')
+
+    def read(self, raw: Any, at: Place, report: Report) -> tuple[float, ...] | None:
+        return STANDARD_SCHEDULE if raw == "standard" else self._delays.read(raw, at, report)
+
+
+class _JsonTable:
+    """Reads a table that is kept as it is."""
+
+    toml: type = dict
+
+    def read(self, raw: Any, at: Place, report: Report) -> object | None:
+        return _JSON.read(raw, at, report) if has_type(raw, dict, "a table", at, report) else None
+
+
+_TEXT = Scalar(str, "text", str)
+_SWITCH = Scalar(bool, "true or false", bool)
+_PATH = Scalar(str, "a path", parse_path)
+_ADDRESS = Scalar(str, 'an address such as "127.0.0.1:8484"', parse_address)
+_HOSTS = ListOf(Scalar(str, "a host name", parse_host), "a list of host names")
+_NETWORKS = ListOf(Scalar(str, 'a range such as "10.1.0.0/16"', parse_network), "a list of address ranges")
+_PORTS = ListOf(_number(1, 65535), "a list of ports", at_least=1)
+_EVENT_SIZE = Scalar(str, 'a size with its unit, such as "256KiB"', size_between("1B", "16MiB"))
+_TOKENS = ListOf(Scalar(str, "text", parse_token), "a list of tokens")
+_SECRET = Scalar(str, "text", parse_secret)
+_SECRETS = ListOf(_SECRET, "a list of secrets", at_least=1)
+_SIGNATURES = ListOf(_word(*SCHEMES), "a list of schemes", at_least=1, distinct=True)
+_ENDPOINT_ID = Scalar(str, "text", parse_endpoint_id)
+_EVENTS = ListOf(Scalar(str, "an event type", parse_subscription), "a list of event types", at_least=1)
+_JSON = Scalar(object, "a value", parse_json)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """[server]: where and how submissions are taken."""
+
+    listen: Annotated[Address, _ADDRESS] = _LOOPBACK
+    ops_listen: Annotated[Address | None, _ADDRESS] = None
+    tokens: Annotated[tuple[Secret, ...], _TOKENS] = ()
+    allowed_hosts: Annotated[tuple[str, ...], _HOSTS] = ()
+    max_event_size: Annotated[int, _EVENT_SIZE] = 256 * 1024
+    shutdown_grace_seconds: Annotated[float, _duration("0s", "1h"), "shutdown_grace"] = 8.0
+    linger_seconds: Annotated[float, _duration("0s", "1h"), "linger"] = 0.0
+    loop: Annotated[Literal["auto", "asyncio", "uvloop"], _word("auto", "asyncio", "uvloop")] = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutboxSettings:
+    """[outbox]: where events are kept, and for how long."""
+
+    path: Annotated[Path, _PATH] = Path("relay.db")
+    durability: Annotated[Literal["full", "normal"], _word("full", "normal")] = "full"
+    retention_seconds: Annotated[float, _duration("1s", "3650d"), "retention"] = 7 * 86_400.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliverySettings:
+    """[delivery]: how events are brought to every endpoint that does not say otherwise."""
+
+    timeout_seconds: Annotated[float, _duration("1ms", "1h"), "timeout"] = 15.0
+    retry_schedule: Annotated[tuple[float, ...], _RetrySchedule()] = (5.0, 300.0, 18_000.0)
+    concurrency: Annotated[int, _number(1, 1000)] = 32
+    signatures: Annotated[tuple[str, ...], _SIGNATURES] = ("standard", "socialsyncer")
+    headers: Annotated[tuple[tuple[str, Secret], ...], HeaderTable()] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EgressSettings:
+    """[egress]: where deliveries may go."""
+
+    allow_private: Annotated[tuple[egress.Network, ...], _NETWORKS] = ()
+    allow_private_for_api: Annotated[bool, _SWITCH] = False
+    ports: Annotated[tuple[int, ...] | None, _PORTS] = None  # None: all
+    allow_http: Annotated[bool, _SWITCH] = False
+
+    @property
+    def policy(self) -> egress.Policy:
+        """The same as the guard wants it."""
+        return egress.Policy(
+            allow_private=self.allow_private,
+            allow_private_for_api=self.allow_private_for_api,
+            ports=None if self.ports is None else frozenset(self.ports),
+            allow_http=self.allow_http,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logging:
+    """[logging]: what the relay tells on stderr; without a format text on a terminal, JSON elsewhere."""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], _word("debug", "info", "warning", "error")
+    ] = "info"
+    format: Annotated[Literal["json", "text"] | None, _word("json", "text")] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointSettings:
+    """[[endpoints]]: one receiver; every key of [delivery] may stand here too."""
+
+    id: Annotated[str, _ENDPOINT_ID]
+    url: Annotated[str, _TEXT]  # judged where [egress] is at hand
+    events: Annotated[tuple[str, ...], _EVENTS]
+    description: Annotated[str, _TEXT] = ""
+    secret: Annotated[Secret | None, _SECRET] = None
+    secrets: Annotated[tuple[Secret, ...], _SECRETS] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventType:
+    """[events."…"]: a type of event the application may post."""
+
+    type: str
+    description: Annotated[str, _TEXT] = ""
+    sample: Annotated[object, _JSON] = None
+    schema: Annotated[Mapping[str, object] | None, _JsonTable()] = None
+
+
+# The tables that stand once, and whose single values a variable can set.
+TABLES: Mapping[str, type] = {
+    "server": Server,
+    "outbox": OutboxSettings,
+    "delivery": DeliverySettings,
+    "egress": EgressSettings,
+    "logging": Logging,
+}

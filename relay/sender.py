@@ -1,0 +1,398 @@
+"""One attempt: an endpoint and a message in, what the attempt met out.
+
+A network failure is a value here (`Outcome.reason`, a name of contract section 6), never an exception. A
+complete response head with 2xx is success, whatever the body does afterwards. Nothing here retries,
+remembers, or knows of deliveries.
+
+Where a connection may go is judged at every dial, by what `egress` says. A pooled connection skips the dial,
+so endpoints that may dial different places never share a pool.
+"""
+
+import asyncio
+import concurrent.futures
+import errno
+import logging
+import math
+import socket
+import ssl
+import threading
+from asyncio import sslproto
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from multidict import CIMultiDict
+from yarl import URL
+
+from relay import egress
+from relay.model import Endpoint, Message, Outcome
+
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+
+log = logging.getLogger("relay")
+
+_CONNECT_SECONDS = 5.0
+_BODY_SECONDS = 1.0  # the head has decided: what the body still says is not worth holding a slot for
+_BODY_READ = 16 * 1024
+_BODY_KEPT = 1024
+_RETRY_AFTER_CHARACTERS = 128
+_DETAIL_CHARACTERS = 200
+_ADDRESSES_PER_NAME = 4
+_LOOK_UPS_AT_ONCE = 16
+_PREPARED_AT_MOST = 4096
+_TLS_READ_BUFFER = 32 * 1024
+_EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared, never bound
+_STATUS_REASONS = dict.fromkeys((301, 302, 303, 307, 308), "redirect_refused")
+
+
+@asynccontextmanager
+async def open_sender(
+    *,
+    policy: egress.Policy,
+    version: str,
+    own_addresses: frozenset[tuple[str, int]] = frozenset(),
+    resolve: Resolve | None = None,
+    ssl_context: ssl.SSLContext | None = None,
+) -> AsyncIterator["Sender"]:
+    """Keep the connections of a sender open; tests bring their own look-ups and certificate authority."""
+    _cap_tls_read_buffer()
+    sender = Sender(
+        policy=policy,
+        version=version,
+        own_addresses=own_addresses,
+        resolve=resolve or _LookUps(),
+        ssl_context=ssl_context or _make_ssl_context(),
+    )
+    try:
+        yield sender
+    finally:
+        await sender.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Right:
+    """What may be dialled; connections are pooled for each right apart."""
+
+    allow: tuple[egress.Network, ...]
+    plain: bool  # without TLS, so to this machine only
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """What is the same in every attempt to one endpoint."""
+
+    endpoint: Endpoint
+    url: URL
+    headers: CIMultiDict[str]
+    timeout: aiohttp.ClientTimeout
+    session: aiohttp.ClientSession
+
+
+class Sender:
+    """Sends messages to endpoints; `own_addresses` are the relay's listeners, which are never dialled."""
+
+    def __init__(
+        self,
+        *,
+        policy: egress.Policy,
+        version: str,
+        own_addresses: frozenset[tuple[str, int]],
+        resolve: Resolve,
+        ssl_context: ssl.SSLContext,
+    ) -> None:
+        self.own_addresses = own_addresses
+        self._policy = policy
+        self._user_agent = f"relay/{version}"
+        self._resolve = resolve
+        self._ssl_context = ssl_context
+        self._prepared: dict[str, _Prepared] = {}
+        self._sessions: dict[_Right, aiohttp.ClientSession] = {}
+
+    async def send(self, endpoint: Endpoint, message: Message) -> Outcome:
+        """Make one attempt. Raises nothing but what cancels it."""
+        started = perf_counter()
+        try:
+            prepared = self._prepared.get(endpoint.id)
+            if prepared is None or prepared.endpoint is not endpoint:
+                prepared = self._prepare(endpoint)
+            response = await prepared.session.post(
+                prepared.url,
+                data=message.body,
+                headers=_headers(prepared, message),
+                timeout=prepared.timeout,
+                allow_redirects=False,
+            )
+            body = await _excerpt(response)
+        except (aiohttp.ClientError, OSError) as error:
+            reason, detail = _failure(error)
+            return Outcome(milliseconds=_since(started), reason=reason, detail=detail)
+        except Exception as error:  # one delivery's fault must not end the lane of all the others
+            log.exception("attempt_broke", extra={"endpoint": endpoint.id, "event_id": message.id})
+            return Outcome(milliseconds=_since(started), reason="internal_error", detail=type(error).__name__)
+        return _outcome(response, body, _since(started))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for session in self._sessions.values():
+            await session.close()
+
+    def _prepare(self, endpoint: Endpoint) -> _Prepared:
+        """Do once what would be the same in every attempt. Raises RefusedError."""
+        problem = egress.check_url(endpoint.url, self._policy)
+        if problem is not None:
+            raise RefusedError(f"the URL {problem}")
+        # As it was given: a receiver may sign or route by the exact path.
+        url = URL(endpoint.url, encoded=True)
+        headers = CIMultiDict({"User-Agent": self._user_agent, "Accept-Encoding": "identity"})
+        headers.update((name, value.reveal()) for name, value in endpoint.headers)
+        prepared = _Prepared(
+            endpoint=endpoint,
+            url=url,
+            headers=headers,
+            timeout=_timeout(endpoint.timeout_seconds),
+            session=self._session(self._right(endpoint, plain=url.scheme == "http")),
+        )
+        if len(self._prepared) >= _PREPARED_AT_MOST:
+            self._prepared.clear()
+        self._prepared[endpoint.id] = prepared
+        return prepared
+
+    def _right(self, endpoint: Endpoint, *, plain: bool) -> _Right:
+        allow = self._policy.opened_to(endpoint.source)
+        if plain and endpoint.source == "config":
+            allow = egress.LOOPBACK  # which is what `allow_http` is for
+        return _Right(allow=allow, plain=plain)
+
+    def _session(self, right: _Right) -> aiohttp.ClientSession:
+        """Return the session of this right: the one place where a session is built."""
+        session = self._sessions.get(right)
+        if session is None:
+            guard = _Guard(right, self._is_own, self._resolve)
+            session = self._sessions[right] = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    ssl=self._ssl_context,
+                    limit=0,  # lanes bound themselves
+                    resolver=guard,
+                    socket_factory=guard.dial,
+                ),
+                response_class=_Response,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                trust_env=False,
+                read_bufsize=_BODY_READ,
+            )
+        return session
+
+    def _is_own(self, address: str, port: int) -> bool:
+        """Tell whether the relay itself listens there, also when it listens on every address."""
+        listening = {host for host, taken in self.own_addresses if taken == port}
+        return address in listening or (bool(listening & _EVERY_ADDRESS) and _is_local(address))
+
+
+class RefusedError(OSError):
+    """A dial that the guard refused; `why` says more.
+
+    An OSError of constant errno and text, because aiohttp loses every other when several addresses fail.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(errno.EACCES, "refused by the relay's own rules")
+        self.why = why
+
+
+class _Guard(AbstractResolver):
+    """Judges every dial of one right: names, literals, and names that changed since they were looked up."""
+
+    def __init__(self, right: _Right, is_own: Callable[[str, int], bool], resolve: Resolve) -> None:
+        self._right = right
+        self._is_own = is_own
+        self._resolve = resolve
+
+    def check(self, address: str, port: int) -> None:
+        """Raise RefusedError unless this address may be dialled."""
+        reason = egress.judge(address, self._right.allow)
+        if reason is None and self._right.plain and egress.judge(address, ()) != "loopback":
+            reason = "not loopback, and http is for loopback only"
+        if reason is None and self._is_own(address, port):
+            reason = "the relay itself"
+        if reason is not None:
+            raise RefusedError(f"{address} is {reason}")
+
+    def dial(self, info: aiohttp.AddrInfoType) -> socket.socket:
+        """Make the socket for one dial, if it may be made."""
+        family, kind, protocol, _, place = info
+        self.check(place[0], place[1])
+        return socket.socket(family, kind, protocol)
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """Look a name up; one forbidden answer refuses it, whoever gave that meant us to go there."""
+        addresses = await self._resolve(host, port)
+        if not addresses:
+            raise OSError(errno.EADDRNOTAVAIL, "the name has no address")
+        for address in addresses:
+            self.check(address, port)
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for address in addresses[:_ADDRESSES_PER_NAME]
+        ]
+
+    async def close(self) -> None:
+        """Nothing is kept open."""
+
+
+class _LookUps:
+    """Asks the system's resolver, in threads of its own.
+
+    Daemon threads, not an executor: a look-up that hangs must delay neither other work nor the exit.
+    """
+
+    def __init__(self) -> None:
+        self._slots = asyncio.Semaphore(_LOOK_UPS_AT_ONCE)
+
+    async def __call__(self, host: str, port: int) -> Sequence[str]:
+        async with self._slots:
+            answer: concurrent.futures.Future[Sequence[str]] = concurrent.futures.Future()
+            answer.set_running_or_notify_cancel()  # the thread will answer, also when nobody waits any more
+            threading.Thread(target=_ask, args=(host, port, answer), name="look-up", daemon=True).start()
+            return await asyncio.wrap_future(answer)
+
+
+def _ask(host: str, port: int, answer: concurrent.futures.Future[Sequence[str]]) -> None:
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    except OSError as error:
+        answer.set_exception(error)
+    else:
+        answer.set_result([str(info[4][0]) for info in infos])
+
+
+class _Response(aiohttp.ClientResponse):
+    """A response that is cut off by abort: after a mere close uvloop goes on receiving for 30 s."""
+
+    def close(self) -> None:
+        if self.connection is not None and self.connection.transport is not None:
+            self.connection.transport.abort()
+        super().close()
+
+
+def _headers(prepared: _Prepared, message: Message) -> CIMultiDict[str]:
+    headers = prepared.headers.copy()
+    headers["Content-Type"] = message.content_type
+    headers["webhook-id"] = message.id
+    headers["webhook-timestamp"] = str(message.timestamp)
+    headers["webhook-attempt"] = str(message.attempt)
+    headers.extend(message.headers)
+    for sign in prepared.endpoint.sign:
+        headers.extend(sign(message))
+    return headers
+
+
+async def _excerpt(response: aiohttp.ClientResponse) -> bytes:
+    """Return the beginning of the body, as far as it comes; what is longer or slower is cut off."""
+    content = response.content
+    if content.is_eof():
+        return content.read_nowait(_BODY_KEPT)
+    kept = b""
+    taken = 0
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            while taken < _BODY_READ and (chunk := await content.read(_BODY_READ - taken)):
+                taken += len(chunk)
+                kept += chunk[: _BODY_KEPT - len(kept)]
+    except (aiohttp.ClientError, OSError):
+        pass  # the head has decided
+    finally:
+        if response.connection is not None:
+            response.close()
+    return kept
+
+
+def _outcome(response: aiohttp.ClientResponse, body: bytes, milliseconds: int) -> Outcome:
+    status = response.status
+    retry_after = response.headers.get("Retry-After")
+    return Outcome(
+        milliseconds=milliseconds,
+        status=status,
+        reason=None if 200 <= status <= 299 else _STATUS_REASONS.get(status, f"http_{status}"),
+        answer=body.decode(errors="replace") if body else None,
+        retry_after=retry_after[:_RETRY_AFTER_CHARACTERS] if retry_after is not None else None,
+    )
+
+
+# The first that fits counts: aiohttp's classes overlap.
+_REASONS: tuple[tuple[type[BaseException], str], ...] = (
+    (RefusedError, "blocked_address"),
+    (ssl.CertificateError, "tls_cert"),
+    (ssl.SSLError, "tls_error"),
+    (aiohttp.ClientConnectorDNSError, "dns_error"),
+    (aiohttp.ConnectionTimeoutError, "connect_timeout"),
+    (TimeoutError, "timeout"),
+    (aiohttp.ServerDisconnectedError, "conn_closed"),
+    (ConnectionRefusedError, "conn_refused"),
+    (ConnectionError, "conn_reset"),
+    (aiohttp.ClientConnectorError, "unreachable"),
+    (aiohttp.ClientOSError, "conn_reset"),
+    (OSError, "unreachable"),
+)
+
+
+def _failure(error: Exception) -> tuple[str, str | None]:
+    """Name a failure and say for the operator what happened, without the URL: its query may be secret."""
+    cause = error.__cause__
+    for kind, reason in _REASONS:
+        if isinstance(cause, kind) or isinstance(error, kind):
+            return reason, _detail(cause or error)
+    return "protocol_error", _detail(cause or error)
+
+
+def _detail(error: BaseException) -> str | None:
+    if isinstance(error, RefusedError):
+        return error.why
+    return str(error)[:_DETAIL_CHARACTERS] or None
+
+
+def _since(started: float) -> int:
+    return round((perf_counter() - started) * 1000)
+
+
+def _timeout(seconds: float) -> aiohttp.ClientTimeout:
+    """Return the deadline of a whole attempt, and of its connect: look-up, TCP and TLS handshake."""
+    # A little less than the whole, so that what never connected is told from what never answered; and no
+    # rounding up to full seconds, which is aiohttp's way from 5 s on.
+    connect = min(_CONNECT_SECONDS, seconds * 0.98)
+    return aiohttp.ClientTimeout(total=seconds, connect=connect, ceil_threshold=math.inf)
+
+
+def _make_ssl_context() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def _cap_tls_read_buffer() -> None:
+    """Give a TLS connection of asyncio 32 KiB to read into instead of 256: answers are small."""
+    if hasattr(sslproto.SSLProtocol, "max_size"):
+        sslproto.SSLProtocol.max_size = _TLS_READ_BUFFER
+
+
+def _is_local(address: str) -> bool:
+    """Tell whether an address is one of this machine's: what is sent there would be sent from there."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # picks the source address; a datagram socket sends nothing yet
+        except OSError:
+            return False
+        return bool(probe.getsockname()[0] == address)

@@ -1,0 +1,161 @@
+"""The load: posts events over keep-alive connections and tells how long the answers took.
+
+Each line on stdin is an order, `{"port": …, "events": …, "rate": …}`, and is answered with a line of figures.
+Without a rate every connection posts its next event when the last was answered (a closed loop). With one,
+events are posted at a steady pace whatever the answers do (an open loop), and an event's time counts from the
+moment it was due, also when no connection was free. An answer other than 202 ends the process with an error.
+"""
+
+import asyncio
+import json
+import time
+from collections import deque
+from functools import partial
+from typing import cast
+
+from tests.bench.processes import new_loop, obey
+
+CONNECTIONS = 32
+FILLER = "The quick brown fox jumps over the lazy dog. " * 10
+
+
+class Load:
+    """The connections to one system, the events waiting for a free one, and how long the answers took."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._idle: deque[Connection] = deque()
+        self._waiting: deque[float | None] = deque()  # when each was due
+        self._requests: list[bytes] = []
+        self._latencies: list[float] = []
+        self._answers_due = 0
+        self._done: asyncio.Future[None] | None = None
+
+    async def connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(CONNECTIONS):
+            _, connection = await loop.create_connection(partial(Connection, self), "127.0.0.1", self._port)
+            self._idle.append(connection)
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+    async def run(self, events: int, rate: float | None) -> dict[str, float]:
+        """Post this many events, wait for all answers, and return the figures in seconds."""
+        self._requests = [request(self._port, number) for number in range(events)]
+        self._latencies, self._answers_due = [], events
+        self._done = asyncio.get_running_loop().create_future()
+        started_at, cpu = time.monotonic(), time.process_time()
+        await (self._post_steadily(events, rate) if rate else self._post_freely(events))
+        ordered = sorted(self._latencies)
+        return {
+            "started_at": started_at,
+            "cpu_seconds": time.process_time() - cpu,
+            "p50": ordered[len(ordered) // 2],
+            "p99": ordered[len(ordered) * 99 // 100],
+        }
+
+    async def _post_freely(self, events: int) -> None:
+        """Let every connection carry the next event as soon as it is free."""
+        for _ in range(events):
+            self._post(due=None)
+        await self._settled()
+
+    async def _post_steadily(self, events: int, rate: float) -> None:
+        """Post at a steady pace; a timer that comes late is caught up with at once."""
+        start = time.monotonic()
+        for number in range(events):
+            if (early := start + number / rate - time.monotonic()) > 0:
+                await asyncio.sleep(early)
+            self._post(due=time.monotonic())
+        await self._settled()
+
+    def _post(self, *, due: float | None) -> None:
+        """Post the next event as soon as a connection is free; one without a time is due only then."""
+        if self._idle:
+            self._idle.popleft().send(self._requests.pop(), due)
+        else:
+            self._waiting.append(due)
+
+    async def _settled(self) -> None:
+        assert self._done is not None
+        await self._done
+        self._done = None
+
+    def answered(self, connection: "Connection", status: bytes, due: float) -> None:
+        self._latencies.append(time.monotonic() - due)
+        self._idle.append(connection)
+        if status != b"202":
+            self.fail(f"an event was answered {status.decode()}")
+        elif self._waiting:
+            self._post(due=self._waiting.popleft())
+        elif len(self._latencies) == self._answers_due and self._done:
+            self._done.set_result(None)
+
+    def fail(self, why: str) -> None:
+        """End the run with an error; a connection closed between two runs is none."""
+        if self._done and not self._done.done():
+            self._done.set_exception(ConnectionError(why))
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection with at most one request on it."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._unread = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self._load.fail("a connection was closed")
+
+    def send(self, request: bytes, due: float | None) -> None:
+        self._due = time.monotonic() if due is None else due
+        self._transport.write(request)
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += data
+        head, blank, body = self._unread.partition(b"\r\n\r\n")
+        if not blank:
+            return
+        length = head.lower().partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0]
+        if len(body) >= int(length):
+            self._unread = b""
+            self._load.answered(self, head[9:12], self._due)
+
+
+def request(port: int, number: int) -> bytes:
+    """Write one submission, its body about 600 bytes long."""
+    data = {"postId": f"post_{number:08}", "platforms": ["x", "linkedin"], "views": number, "content": FILLER}
+    body = json.dumps({"event": "post.published", "data": data}).encode()
+    head = (
+        f"POST /v1/events HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def serve() -> None:
+    """Carry out orders; the connections to a system stay open from its first order on."""
+    loads: dict[int, Load] = {}
+
+    async def carry_out(order: str) -> dict[str, float]:
+        wanted = json.loads(order)
+        port = wanted["port"]
+        if port not in loads:
+            loads[port] = Load(port)
+            await loads[port].connect()
+        return await loads[port].run(wanted["events"], wanted["rate"])
+
+    await obey(carry_out)
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(serve())

@@ -1,0 +1,94 @@
+"""The receiver: an https server that answers 200 to every POST and knows which events it has seen.
+
+Run with a certificate file, it prints its port. Each line on stdin is a number: once that many distinct
+`webhook-id`s have arrived since the start, it prints when the last one did. It ends when stdin does. It reads
+just enough HTTP for well-behaved clients, because it must never be the bottleneck.
+"""
+
+import asyncio
+import socket
+import ssl
+import sys
+import time
+from typing import cast
+
+from tests.bench.processes import new_loop, obey
+
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nok"
+
+
+class Arrivals:
+    """Which events have come, when the latest new one did, and how many came again."""
+
+    def __init__(self) -> None:
+        self.last_at = 0.0
+        self.repeats = 0
+        self._seen: set[bytes] = set()
+        self._awaited = 0
+        self._reached = asyncio.Event()
+
+    def note(self, event_id: bytes) -> None:
+        if event_id in self._seen:
+            self.repeats += 1
+            return
+        self._seen.add(event_id)
+        self.last_at = time.monotonic()
+        if len(self._seen) == self._awaited:
+            self._reached.set()
+
+    async def reach(self, events: int) -> None:
+        """Wait until this many distinct events have come since the start."""
+        self._awaited = events
+        self._reached.clear()
+        if len(self._seen) < events:
+            await self._reached.wait()
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection: requests with a Content-Length in, the same answer out."""
+
+    def __init__(self, arrivals: Arrivals) -> None:
+        self._arrivals = arrivals
+        self._unread = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += data
+        while (end := self._unread.find(b"\r\n\r\n")) >= 0:
+            head = self._unread[: end + 2].lower()
+            size = end + 4 + int(header(head, b"content-length"))
+            if len(self._unread) < size:
+                return
+            self._unread = self._unread[size:]
+            self._arrivals.note(header(head, b"webhook-id"))
+            self._transport.write(ANSWER)
+
+
+def header(head: bytes, name: bytes) -> bytes:
+    """Find the value of a header in a lower-cased head; one that is missing is an error."""
+    start = head.index(b"\r\n" + name + b":") + len(name) + 3
+    return head[start : head.index(b"\r\n", start)].strip()
+
+
+async def receive(certificate: str) -> None:
+    arrivals = Arrivals()
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate)
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(
+        lambda: Connection(arrivals), "127.0.0.1", 0, ssl=tls, family=socket.AF_INET
+    )
+    print(server.sockets[0].getsockname()[1], flush=True)
+
+    async def awaited(order: str) -> dict[str, float]:
+        await arrivals.reach(int(order))
+        return {"last_at": arrivals.last_at, "repeats": arrivals.repeats}
+
+    await obey(awaited)
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(receive(sys.argv[1]))
