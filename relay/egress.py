@@ -62,19 +62,8 @@ _OPENABLE = frozenset({"loopback", "private"})
 _GLOBAL_IPV6 = IPv6Network("2000::/3")
 
 
-def judge(address: str, allow: Sequence[Network]) -> str | None:
-    """Return why this address must not be dialled, or None; `allow` opens only loopback and private ones."""
-    ip = _canonical(address)
-    if ip is None:
-        return "not_an_address"
-    reason = _special(ip)
-    if reason in _OPENABLE and any(ip in network for network in allow):
-        return None
-    return reason
-
-
-def _canonical(address: str) -> IPv4Address | IPv6Address | None:
-    """Read an address in its one spelling, the IPv4 address out of a mapped one."""
+def canonical(address: str) -> IPv4Address | IPv6Address | None:
+    """Read an address in its one spelling, or return None; of a mapped one the IPv4 address inside."""
     try:
         ip = ip_address(address)
     except ValueError:
@@ -84,6 +73,17 @@ def _canonical(address: str) -> IPv4Address | IPv6Address | None:
         return mapped
     # What has two spellings could be read as two addresses; a zone names an interface of this machine.
     return (mapped or ip) if address == str(ip) and "%" not in address else None
+
+
+def judge(address: str, allow: Sequence[Network]) -> str | None:
+    """Return why this address must not be dialled, or None; `allow` opens only loopback and private ones."""
+    ip = canonical(address)
+    if ip is None:
+        return "not_an_address"
+    reason = _special(ip)
+    if reason in _OPENABLE and any(ip in network for network in allow):
+        return None
+    return reason
 
 
 def _special(ip: IPv4Address | IPv6Address) -> str | None:
@@ -150,8 +150,8 @@ def _is_name(host: str) -> bool:
 def is_literal(host: str) -> bool:
     """Tell whether the host of a URL is an address in its one spelling, IPv6 in brackets."""
     if host.startswith("["):
-        return ":" in host and _canonical(host[1:-1].lower()) is not None
-    return ":" not in host and _canonical(host) is not None
+        return ":" in host and canonical(host[1:-1].lower()) is not None
+    return ":" not in host and canonical(host) is not None
 
 
 def is_loopback(host: str) -> bool:

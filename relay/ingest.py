@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from functools import lru_cache
 
 from relay import canonical, formats
 from relay.clock import Clock
@@ -160,7 +161,13 @@ class EventIds:
 
 def iso(at_ms: int) -> str:
     """Write a time as RFC 3339 in UTC, `2026-01-15T10:00:00.000Z`."""
-    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+    seconds, milliseconds = divmod(at_ms, 1000)
+    return f"{_second(seconds)}.{milliseconds:03d}Z"
+
+
+@lru_cache(maxsize=64)
+def _second(at_seconds: int) -> str:
+    return datetime.fromtimestamp(at_seconds, UTC).isoformat()[:-6]
 
 
 def idempotency_key(header: str) -> str:

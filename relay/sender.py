@@ -59,12 +59,14 @@ async def open_sender(
 ) -> AsyncIterator["Sender"]:
     """Keep the connections of a sender open; tests bring their own look-ups and certificate authority."""
     _cap_tls_read_buffer()
+    context = ssl_context or ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
     sender = Sender(
         policy=policy,
         version=version,
         own_addresses=own_addresses,
         resolve=resolve or _LookUps(),
-        ssl_context=ssl_context or _make_ssl_context(),
+        ssl_context=context,
     )
     try:
         yield sender
@@ -135,7 +137,6 @@ class Sender:
         return _outcome(response, body, _since(started))
 
     async def close(self) -> None:
-        """Close all connections."""
         for session in self._sessions.values():
             await session.close()
 
@@ -189,7 +190,9 @@ class Sender:
     def _is_own(self, address: str, port: int) -> bool:
         """Tell whether the relay itself listens there, also when it listens on every address."""
         listening = {host for host, taken in self.own_addresses if taken == port}
-        return address in listening or (bool(listening & _EVERY_ADDRESS) and _is_local(address))
+        return str(egress.canonical(address)) in listening or (
+            bool(listening & _EVERY_ADDRESS) and _is_local(address)
+        )
 
 
 class RefusedError(OSError):
@@ -227,9 +230,7 @@ class _Guard(AbstractResolver):
         self.check(place[0], place[1])
         return socket.socket(family, kind, protocol)
 
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
+    async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[ResolveResult]:
         """Look a name up; one forbidden answer refuses it, whoever gave that meant us to go there."""
         addresses = await self._resolve(host, port)
         if not addresses:
@@ -302,8 +303,16 @@ def _headers(prepared: _Prepared, message: Message) -> CIMultiDict[str]:
 async def _excerpt(response: aiohttp.ClientResponse) -> bytes:
     """Return the beginning of the body, as far as it comes; what is longer or slower is cut off."""
     content = response.content
-    if content.is_eof():
-        return content.read_nowait(_BODY_KEPT)
+    try:
+        if content.is_eof():
+            return content.read_nowait(_BODY_KEPT)
+        return await _beginning(content)
+    finally:
+        if response.connection is not None:  # not back in the pool, so something is unread or unsent
+            response.close()
+
+
+async def _beginning(content: aiohttp.StreamReader) -> bytes:
     kept = b""
     taken = 0
     try:
@@ -313,9 +322,6 @@ async def _excerpt(response: aiohttp.ClientResponse) -> bytes:
                 kept += chunk[: _BODY_KEPT - len(kept)]
     except (aiohttp.ClientError, OSError):
         pass  # the head has decided
-    finally:
-        if response.connection is not None:
-            response.close()
     return kept
 
 
@@ -360,7 +366,9 @@ def _failure(error: Exception) -> tuple[str, str | None]:
 def _detail(error: BaseException) -> str | None:
     if isinstance(error, RefusedError):
         return error.why
-    return str(error)[:_DETAIL_CHARACTERS] or None
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "the connection ended before a complete answer"
+    return " ".join(str(error).split())[:_DETAIL_CHARACTERS] or None
 
 
 def _since(started: float) -> int:
@@ -373,12 +381,6 @@ def _timeout(seconds: float) -> aiohttp.ClientTimeout:
     # rounding up to full seconds, which is aiohttp's way from 5 s on.
     connect = min(_CONNECT_SECONDS, seconds * 0.98)
     return aiohttp.ClientTimeout(total=seconds, connect=connect, ceil_threshold=math.inf)
-
-
-def _make_ssl_context() -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
 
 
 def _cap_tls_read_buffer() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import random
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import aiohttp
@@ -110,7 +111,7 @@ async def test_ten_kills_under_load_lose_nothing_and_double_nothing_without_caus
     for got in arrivals.values():
         assert len({hashlib.sha256(request.body).digest() for request, _ in got}) == 1
         taken = [request.at for request, status in got if status == 200]
-        for earlier, later in zip(taken, taken[1:], strict=False):
+        for earlier, later in pairwise(taken):
             assert any(earlier < at + 0.5 and at < later for at in killed_at), "twice without a crash between"
     doubled = sum(sum(status == 200 for _, status in got) > 1 for got in arrivals.values())
     with capsys.disabled():

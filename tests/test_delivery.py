@@ -63,7 +63,7 @@ class ScriptedSender:
 async def until(condition, within: float = 5.0) -> None:
     """Let the loop run until the condition holds."""
     async with asyncio.timeout(within):
-        while not condition():  # noqa: ASYNC110 - any condition, not one event's
+        while not condition():
             await asyncio.sleep(0.001)
 
 

@@ -72,7 +72,9 @@ async def test_a_refused_delivery_comes_again_with_the_same_id_and_bytes(relay, 
     await receiver.wait_for(3)
     told = await story(relay, receipt["id"])
 
-    first, second, third = receiver.requests
+    first, second, _ = receiver.requests
+    assert first.headers["webhook-signature"].startswith("v1,")
+    assert first.headers["webhook-id"] == second.headers["webhook-id"]
     assert len({request.body for request in receiver.requests}) == 1
     assert {request.headers["webhook-id"] for request in receiver.requests} == {receipt["id"]}
     assert [request.headers["webhook-attempt"] for request in receiver.requests] == ["1", "2", "3"]

@@ -20,7 +20,7 @@ CODES = {state: code for code, state in enumerate(STATES)}
 
 Row = Sequence[object]
 
-WIDEST = 32  # rows to a statement; powers of two below it keep the statement cache small
+WIDEST = 32  # rows to a statement; each width is a statement of its own in the connection's cache
 EXAMINED = 300  # events a page of a listing looks at, whatever it finds
 
 
@@ -32,13 +32,9 @@ def _sql(before: str, columns: int, rows: int, after: str) -> str:
 
 def _wide(db: sqlite3.Connection, before: str, rows: Sequence[Row], after: str = "") -> None:
     """Run `before (row), (row), … after` over all rows."""
-    start, size = 0, WIDEST
-    while start < len(rows):
-        while size > len(rows) - start:
-            size //= 2
-        chunk = rows[start : start + size]
-        db.execute(_sql(before, len(rows[0]), size, after), list(chain.from_iterable(chunk)))
-        start += size
+    for start in range(0, len(rows), WIDEST):
+        chunk = rows[start : start + WIDEST]
+        db.execute(_sql(before, len(chunk[0]), len(chunk), after), list(chain.from_iterable(chunk)))
 
 
 def insert_events(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
