@@ -189,10 +189,9 @@ class Sender:
 
     def _is_own(self, address: str, port: int) -> bool:
         """Tell whether the relay itself listens there, also when it listens on every address."""
+        ip = str(egress.canonical(address))
         listening = {host for host, taken in self.own_addresses if taken == port}
-        return str(egress.canonical(address)) in listening or (
-            bool(listening & _EVERY_ADDRESS) and _is_local(address)
-        )
+        return ip in listening or (bool(listening & _EVERY_ADDRESS) and _is_local(ip))
 
 
 class RefusedError(OSError):

@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 
 from relay.model import State, Verdict
-from relay.outbox import DamagedError, FullError, HeldError, NewerSchemaError, open_outbox, schema, statements
+from relay.outbox import (
+    DamagedError,
+    Ended,
+    FullError,
+    HeldError,
+    NewerSchemaError,
+    Query,
+    listing,
+    open_outbox,
+    revival,
+    schema,
+    statements,
+)
 from tests.test_outbox import DELIVERED, NOW, again, attempt, submission
 
 
@@ -132,6 +144,14 @@ def plans(db: sqlite3.Connection, run) -> list[str]:
     return [row[3] for sql in statements_run for row in db.execute("EXPLAIN QUERY PLAN " + sql)]
 
 
+QUERIES = [
+    Query(limit=9),
+    Query(limit=9, type="post.published", before=400, since_ms=NOW - 1, until_ms=NOW + 1),
+    *(Query(limit=9, endpoint="main", state=state) for state in State),
+    *(Query(limit=9, state=state) for state in State),
+]
+ENDED = [Ended(event_id="evt_1"), *(Ended(endpoint="main", state=state) for state in list(State)[1:])]
+
 HOT = {
     "accept": lambda db: (
         statements.insert_events(
@@ -145,7 +165,10 @@ HOT = {
         statements.update_deliveries(db, [(n, 1, 1, None, 1, 0, NOW, 5, 200, "ok") for n in (1, 2)]),
         statements.insert_attempts(db, [(n, 1, 1, NOW, 5, 500, "http_500", "no") for n in (1, 2)]),
     ),
-    "story": lambda db: statements.story(db, "evt_1"),
+    "story": lambda db: listing.story(db, "evt_1"),
+    "page": lambda db: [listing.page(db, query) for query in QUERIES],
+    "replay": lambda db: [revival.find(db, ended, 1, 0) for ended in ENDED]
+    + [revival.revive(db, [(1, 1), (2, 1)], [NOW, NOW])],
     "forget": lambda db: statements.forget(db, NOW + 1, 0, 10),
     "cancel": lambda db: statements.cancel(db, 1, 10),
 }  # fmt: skip

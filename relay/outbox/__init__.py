@@ -2,8 +2,9 @@
 
 An application's event comes in by `accept`, which answers once the event and its deliveries are on
 disk. A lane takes what is due by `claim`, and gives it back by `record`, with the attempt it made and
-the verdict that followed, or by `release`, unspent. Everything else is looking (`due`, `backlog`,
-`events`, `story`) and housekeeping (`register`, `cancel`, `forget`).
+the verdict that followed, or by `release`, unspent; `revive` puts back what was over. Everything else is
+looking (`due`, `backlog`, `pasts`, `events`, `story`, `count`) and keeping the house (`register`,
+`endpoints`, `keep_endpoint`, `drop_endpoint`, `forget`).
 
 What every store promises:
 
@@ -16,6 +17,8 @@ What every store promises:
   released. After a crash all that was claimed and not recorded is simply due again.
 - `claim` answers in order of due time, then of acceptance, and never more than asked for. Its cost does
   not grow with what is pending.
+- A receipt names the endpoints that are owed the event: an endpoint dropped before the commit is not among
+  them, one dropped after it has a cancelled delivery.
 - `record` and `release` act only on what the caller still holds. `record` returns when the outcome is
   on disk; until then the delivery stays claimed.
 - Stores have no clock: every time comes in as an argument, in milliseconds since 1970.
@@ -68,6 +71,37 @@ class Backlog:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeptEndpoint:
+    """An endpoint the outbox knows: what the API was told of it, as JSON; the config's have no settings."""
+
+    id: str
+    settings: bytes | None
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """How an endpoint has fared."""
+
+    oldest_pending_ms: int | None  # when the oldest event it still waits for was accepted
+    last_success_at_ms: int | None
+    last_failure_at_ms: int | None
+    last_error: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """Deliveries that are over, to be replayed: those of one event, or of one endpoint and state."""
+
+    endpoint: str | None = None
+    event_id: str | None = None
+    state: State | None = None  # None: delivered, dead or cancelled
+    type: str | None = None
+    since_ms: int | None = None  # times of acceptance
+    until_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryStory:
     """One delivery with all its attempts, oldest first."""
 
@@ -113,6 +147,21 @@ class Outbox(Protocol):
         """Make these the endpoints there are; cancel what waits for others, and return how much of each."""
         ...
 
+    async def endpoints(self) -> list[KeptEndpoint]:
+        """Return every endpoint there ever was."""
+        ...
+
+    async def keep_endpoint(self, endpoint: KeptEndpoint) -> None:
+        """Keep an endpoint or what changed of it; events may be accepted for it from now on."""
+        ...
+
+    async def drop_endpoint(self, endpoint: str) -> int:
+        """Cancel what waits for an endpoint and forget its settings; return how much was cancelled.
+
+        Nothing is accepted for it any more, also not what was submitted a moment before.
+        """
+        ...
+
     async def accept(self, submissions: Sequence[Submission]) -> list[Receipt]:
         """Keep all of these events, or none. Raises ConflictError, FullError, DamagedError."""
         ...
@@ -133,11 +182,24 @@ class Outbox(Protocol):
         """Return when the next unclaimed delivery falls due; a time in the past means: claim."""
         ...
 
+    async def count(self, ended: Ended) -> int:
+        """Count what `revive` would put back."""
+        ...
+
+    async def revive(self, ended: Ended, now_ms: int, spacing_ms: float = 0.0) -> int:
+        """Put deliveries back to pending, due one `spacing_ms` after the other; return how many.
+
+        Attempt numbers go on, the schedule starts again.
+        """
+        ...
+
     def trouble(self) -> str | None:
         """Say in a sentence why nothing can be kept at the moment, if that is so."""
         ...
 
     async def backlog(self) -> dict[str, Backlog]: ...
+
+    async def pasts(self) -> dict[str, Past]: ...
 
     async def events(self, query: Query) -> Page: ...
 

@@ -5,7 +5,7 @@ Runs on the connection's thread as one function, so no other statement can come 
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from relay.model import Attempt, Delivery, Receipt, Submission, Verdict
@@ -55,17 +55,22 @@ def write(db: sqlite3.Connection, batch: Batch, numbers: dict[str, int], last_se
 def _record(db: sqlite3.Connection, records: Sequence[tuple[Delivery, Attempt, Verdict]]) -> None:
     deliveries: list[Row] = []
     failures: list[Row] = []
+    endpoints: dict[int, list[object]] = {}  # number -> last success, last failure, its reason
     for delivery, attempt, verdict in records:
+        last_of = endpoints.setdefault(delivery.handle[1], [None, None, None])
         met: Row = (attempt.at_ms, attempt.milliseconds, attempt.status)
         if attempt.reason is None:
             last: Row = (*met, attempt.answer)
+            last_of[0] = attempt.at_ms
         else:
             last = (None, None, None, None)
+            last_of[1:] = attempt.at_ms, attempt.reason
             failures.append((*delivery.handle, attempt.number, *met, attempt.reason, attempt.answer))
         follows: Row = (CODES[verdict.state], verdict.due_ms, attempt.number, verdict.steps)
         deliveries.append((*delivery.handle, *follows, *last))
     statements.update_deliveries(db, deliveries)
     statements.insert_attempts(db, failures)
+    statements.update_endpoints(db, [(number, *last_of) for number, last_of in endpoints.items()])
 
 
 class Keys:
@@ -107,7 +112,7 @@ def _accept(
     keys = Keys(db)
     new: list[Submission] = []
     for submissions in accepts:
-        accepted = _accept_all(submissions, keys, new)
+        accepted = _accept_all([_live(each, numbers) for each in submissions], keys, new)
         keys.settle(kept=not isinstance(accepted, ConflictError))
         written.accepted.append(accepted)
     _insert(db, new, numbers, written)
@@ -135,6 +140,14 @@ def _accept_all(submissions: Sequence[Submission], keys: Keys, new: list[Submiss
         return ConflictError(tuple(conflicts))
     new += kept
     return receipts
+
+
+def _live(submission: Submission, numbers: dict[str, int]) -> Submission:
+    """Leave out endpoints that were dropped while the submission was on its way."""
+    if all(endpoint in numbers for endpoint, _ in submission.endpoints):
+        return submission
+    endpoints = tuple(each for each in submission.endpoints if each[0] in numbers)
+    return replace(submission, endpoints=endpoints)
 
 
 def _receipt(submission: Submission, *, duplicate: bool) -> Receipt:

@@ -12,11 +12,17 @@ APPLICATION_ID = 0x52454C59  # "RELY"
 
 # Deliveries have no row id: an event and an endpoint name one, and the rows of an event lie together.
 # The attempt that ended a delivery well is kept in its row (at, milliseconds, status, answer), because
-# most deliveries never have another; `attempts` holds the failed ones.
+# most deliveries never have another; `attempts` holds all others. An endpoint's `settings` are those of
+# the API, as JSON and with its secrets; the config's endpoints have none.
 VERSION_1 = (
     """CREATE TABLE endpoints (
         number INTEGER PRIMARY KEY AUTOINCREMENT,
-        id TEXT NOT NULL UNIQUE
+        id TEXT NOT NULL UNIQUE,
+        settings BLOB,
+        paused INTEGER NOT NULL DEFAULT 0,
+        last_success_at INTEGER,
+        last_failure_at INTEGER,
+        last_error TEXT
     ) STRICT""",
     """CREATE TABLE events (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -47,7 +53,9 @@ VERSION_1 = (
         PRIMARY KEY (event, endpoint)
     ) STRICT, WITHOUT ROWID""",
     "CREATE INDEX deliveries_due ON deliveries (endpoint, due, event) WHERE state = 0",
-    "CREATE INDEX deliveries_ended ON deliveries (endpoint, state, event) WHERE state >= 2",
+    "CREATE INDEX deliveries_waiting ON deliveries (endpoint, event) WHERE state = 0",
+    "CREATE INDEX deliveries_dead ON deliveries (endpoint, event) WHERE state = 2",
+    "CREATE INDEX deliveries_cancelled ON deliveries (endpoint, event) WHERE state = 3",
     """CREATE TABLE attempts (
         event INTEGER NOT NULL,
         endpoint INTEGER NOT NULL,

@@ -9,14 +9,13 @@ Not here: SQL (`statements.py`), what a transaction does (`commit.py`), the sche
 """
 
 import asyncio
-import fcntl
 import logging
-import os
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -27,15 +26,20 @@ from relay.outbox import (
     Backlog,
     ConflictError,
     DamagedError,
+    Ended,
     FullError,
-    HeldError,
+    KeptEndpoint,
     Page,
+    Past,
     Query,
     Story,
+    listing,
+    revival,
     schema,
     statements,
 )
 from relay.outbox.commit import Batch, Written, write
+from relay.outbox.holding import held
 from relay.outbox.waiting import Waiting
 
 log = logging.getLogger("relay.outbox")
@@ -81,13 +85,29 @@ class SqliteOutbox:
     async def register(self, endpoints: Sequence[str]) -> dict[str, int]:
         numbers = await self._change(lambda db: statements.register(db, endpoints))
         self._numbers = {endpoint: numbers[endpoint] for endpoint in endpoints}
-        self._waiting = {
-            endpoint: self._waiting.get(endpoint) or Waiting(number)
-            for endpoint, number in self._numbers.items()
-        }
+        self._waiting = {endpoint: Waiting(number) for endpoint, number in self._numbers.items()}
         absent = {endpoint: number for endpoint, number in numbers.items() if endpoint not in self._numbers}
         cancelled = {endpoint: await self._cancel(number) for endpoint, number in absent.items()}
         return {endpoint: count for endpoint, count in cancelled.items() if count}
+
+    async def endpoints(self) -> list[KeptEndpoint]:
+        return await self._run(statements.kept_endpoints)
+
+    async def keep_endpoint(self, endpoint: KeptEndpoint) -> None:
+        number = await self._change(
+            lambda db: statements.keep_endpoint(db, endpoint.id, endpoint.settings, endpoint.paused)
+        )
+        # Replaced, not changed: a commit under way goes on with the endpoints it began with.
+        self._numbers = self._numbers | {endpoint.id: number}
+        self._waiting.setdefault(endpoint.id, Waiting(number))
+
+    async def drop_endpoint(self, endpoint: str) -> int:
+        number = self._numbers[endpoint]
+        self._numbers = {id_: each for id_, each in self._numbers.items() if id_ != endpoint}
+        await self._change(lambda db: statements.keep_endpoint(db, endpoint, None, False))  # noqa: FBT003
+        cancelled = await self._cancel(number)
+        self._waiting.pop(endpoint, None)
+        return cancelled
 
     async def accept(self, submissions: Sequence[Submission]) -> list[Receipt]:
         self._gathering.batch.accepts.append(submissions)
@@ -97,8 +117,10 @@ class SqliteOutbox:
         return accepted
 
     async def claim(self, endpoint: str, limit: int, now_ms: int) -> list[Delivery]:
-        waiting = self._waiting[endpoint]
+        waiting = self._waiting.get(endpoint)
         claimed: list[Delivery] = []
+        if waiting is None:  # dropped
+            return claimed
         while len(claimed) < limit and waiting.due_ms is not None and waiting.due_ms <= now_ms:
             claimed += await self._claim_stored(endpoint, waiting, limit - len(claimed), now_ms)
         fresh = waiting.take_fresh(limit - len(claimed))
@@ -115,11 +137,37 @@ class SqliteOutbox:
         for delivery in deliveries:
             if delivery.handle in self._in_flight:
                 self._in_flight.discard(delivery.handle)
-                self._waiting[delivery.endpoint].rewind(0)
+                self._rewind(delivery.endpoint, 0)
 
     async def due(self, endpoint: str) -> int | None:
-        waiting = self._waiting[endpoint]
+        waiting = self._waiting.get(endpoint)
+        if waiting is None:
+            return None
         return 0 if waiting.any_fresh else waiting.due_ms
+
+    async def count(self, ended: Ended) -> int:
+        counted, after = 0, 0
+        while True:
+            step = await self._run(revival.find, ended, self._number(ended), after)
+            counted += len(step.found)
+            if step.after is None:
+                return counted
+            after = step.after
+
+    async def revive(self, ended: Ended, now_ms: int, spacing_ms: float = 0.0) -> int:
+        revived, after = 0, 0
+        while True:
+            first_ms = now_ms + round(revived * spacing_ms)
+            step = await self._change(partial(self._revive, ended, after, first_ms, spacing_ms))
+            revived += len(step.found)
+            for (_, number), state in step.found:
+                self._pending[number] += 1
+                self._dead[number] -= state is State.DEAD
+            for endpoint in self._numbers:
+                self._rewind(endpoint, now_ms)
+            if step.after is None:
+                return revived
+            after = step.after
 
     def trouble(self) -> str | None:
         return self._trouble
@@ -130,11 +178,14 @@ class SqliteOutbox:
             for endpoint, number in self._numbers.items()
         }
 
+    async def pasts(self) -> dict[str, Past]:
+        return await self._run(statements.pasts)
+
     async def events(self, query: Query) -> Page:
-        return await self._run(statements.page, query)
+        return await self._run(listing.page, query)
 
     async def story(self, event_id: str) -> Story | None:
-        return await self._run(statements.story, event_id)
+        return await self._run(listing.story, event_id)
 
     async def forget(self, before_ms: int, limit: int) -> bool:
         after = self._forgotten
@@ -190,7 +241,8 @@ class SqliteOutbox:
         self._last_seq = written.last_seq
         for delivery in written.fresh:
             self._pending[delivery.handle[1]] += 1
-            self._waiting[delivery.endpoint].offer(delivery, delivery.event.accepted_at_ms)
+            if delivery.endpoint in self._waiting:
+                self._waiting[delivery.endpoint].offer(delivery, delivery.event.accepted_at_ms)
         for delivery, _, verdict in gathered.batch.records:
             self._settle_record(delivery, verdict)
         _keep(gathered.accepts, written.accepted)
@@ -201,7 +253,7 @@ class SqliteOutbox:
         self._in_flight.discard(delivery.handle)
         if verdict.state is State.PENDING:
             assert verdict.due_ms is not None  # noqa: S101 - what a pending verdict is
-            self._waiting[delivery.endpoint].rewind(verdict.due_ms)
+            self._rewind(delivery.endpoint, verdict.due_ms)
             return
         self._pending[delivery.handle[1]] -= 1
         if verdict.state is State.DEAD:
@@ -237,6 +289,24 @@ class SqliteOutbox:
             self._in_flight.add(delivery.handle)
             waiting.forget_fresh(delivery.handle)
         return claimed
+
+    def _rewind(self, endpoint: str, due_ms: int) -> None:
+        if endpoint in self._waiting:
+            self._waiting[endpoint].rewind(due_ms)
+
+    def _number(self, ended: Ended) -> int | None:
+        return self._numbers[ended.endpoint] if ended.endpoint is not None else None
+
+    def _revive(
+        self, ended: Ended, after: int, first_ms: int, spacing_ms: float, db: sqlite3.Connection
+    ) -> revival.Step:
+        """Revive one step of them; nothing that belongs to an endpoint that is no longer there."""
+        step = revival.find(db, ended, self._number(ended), after)
+        live = set(self._numbers.values())
+        found = [(handle, state) for handle, state in step.found if handle[1] in live]
+        due = [first_ms + round(index * spacing_ms) for index in range(len(found))]
+        revival.revive(db, [handle for handle, _ in found], due)
+        return revival.Step(found=found, after=step.after)
 
     async def _cancel(self, number: int) -> int:
         cancelled = 0
@@ -286,7 +356,7 @@ def _translated(error: sqlite3.Error, path: Path) -> Exception:
 @asynccontextmanager
 async def open_sqlite(path: Path, *, synchronous: str) -> AsyncIterator[SqliteOutbox]:
     """Hold the file and open it; closed again, with all that waits written, on the way out."""
-    with _held(path):
+    with held(path):
         try:
             db = await aiosqlite.connect(path, isolation_level=None, cached_statements=256)
         except sqlite3.Error as error:
@@ -302,31 +372,3 @@ async def open_sqlite(path: Path, *, synchronous: str) -> AsyncIterator[SqliteOu
                     outbox.close()
         finally:
             await db.close()
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Be the only relay on this outbox: a lock of the kernel's, so a crash cannot leave it behind."""
-    lock = path.with_name(path.name + ".lock")
-    try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise DamagedError(
-            f"{path} cannot be opened ({error.strerror}): check outbox.path and its folder"
-        ) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
-            raise HeldError(f"outbox {path} is held by another relay (process {holder})") from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        if not path.exists():
-            # Made here so that it is ours alone from its first byte; SQLite has not seen it yet, and
-            # its -wal and -shm take over the mode. An existing file is never opened but by SQLite:
-            # closing it would drop SQLite's locks in this process.
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        yield
-    finally:
-        os.close(descriptor)

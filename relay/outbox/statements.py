@@ -7,13 +7,13 @@ than by rows: what is written is written in wide statements, many rows to a step
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import chain
 from typing import Any
 
-from relay.model import Attempt, Delivery, Event, State
-from relay.outbox import DeliveryStory, Page, Query, Story
+from relay.model import Delivery, Event, State
+from relay.outbox import KeptEndpoint, Past
 
 STATES = (State.PENDING, State.DELIVERED, State.DEAD, State.CANCELLED)
 CODES = {state: code for code, state in enumerate(STATES)}
@@ -21,7 +21,6 @@ CODES = {state: code for code, state in enumerate(STATES)}
 Row = Sequence[object]
 
 WIDEST = 32  # rows to a statement; each width is a statement of its own in the connection's cache
-EXAMINED = 300  # events a page of a listing looks at, whatever it finds
 
 
 @cache
@@ -131,6 +130,50 @@ def register(db: sqlite3.Connection, ids: Sequence[str]) -> dict[str, int]:
     return dict(db.execute("SELECT id, number FROM endpoints"))
 
 
+def keep_endpoint(db: sqlite3.Connection, id_: str, settings: bytes | None, paused: bool) -> int:  # noqa: FBT001
+    """Keep an endpoint's settings; return its number."""
+    row = db.execute(
+        "INSERT INTO endpoints (id, settings, paused) VALUES (?, ?, ?)"
+        " ON CONFLICT (id) DO UPDATE SET settings = excluded.settings, paused = excluded.paused"
+        " RETURNING number",
+        (id_, settings, paused),
+    ).fetchone()
+    return int(row[0])
+
+
+def kept_endpoints(db: sqlite3.Connection) -> list[KeptEndpoint]:
+    rows = db.execute("SELECT id, settings, paused FROM endpoints ORDER BY number")
+    return [KeptEndpoint(id=id_, settings=settings, paused=bool(paused)) for id_, settings, paused in rows]
+
+
+def update_endpoints(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
+    """Note the last success, the last failure and its reason, where there was one."""
+    db.executemany(
+        "UPDATE endpoints SET last_success_at = coalesce(?2, last_success_at),"
+        " last_failure_at = coalesce(?3, last_failure_at), last_error = coalesce(?4, last_error)"
+        " WHERE number = ?1",
+        rows,
+    )
+
+
+def pasts(db: sqlite3.Connection) -> dict[str, Past]:
+    """Tell of every endpoint since when something waits and how its last attempts went."""
+    rows = db.execute(
+        "SELECT id, last_success_at, last_failure_at, last_error,"
+        " (SELECT accepted_at FROM events WHERE seq ="
+        " (SELECT min(event) FROM deliveries WHERE endpoint = number AND state = 0)) FROM endpoints"
+    )
+    return {
+        id_: Past(
+            oldest_pending_ms=oldest,
+            last_success_at_ms=success,
+            last_failure_at_ms=failure,
+            last_error=error,
+        )
+        for id_, success, failure, error, oldest in rows
+    }
+
+
 def cancel(db: sqlite3.Connection, number: int, limit: int) -> int:
     """Cancel up to `limit` of what is pending for an endpoint; return how many."""
     return db.execute(
@@ -162,9 +205,7 @@ def forget(db: sqlite3.Connection, before_ms: int, after: int, limit: int) -> tu
 def counts(db: sqlite3.Connection) -> tuple[dict[int, int], dict[int, int]]:
     """Count what is pending and what is dead, by endpoint number; both from partial indexes."""
     pending = db.execute("SELECT endpoint, count(*) FROM deliveries WHERE state = 0 GROUP BY endpoint")
-    dead = db.execute(
-        "SELECT endpoint, count(*) FROM deliveries WHERE state >= 2 AND state = 2 GROUP BY endpoint"
-    )
+    dead = db.execute("SELECT endpoint, count(*) FROM deliveries WHERE state = 2 GROUP BY endpoint")
     return dict(pending), dict(dead)
 
 
@@ -172,84 +213,3 @@ def last_seq(db: sqlite3.Connection) -> int:
     """Return the highest event number ever given, deleted events included."""
     row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
     return row[0] if row else 0
-
-
-EVENT = "SELECT seq, id, type, timestamp, data, accepted_at, key, traceparent FROM events"
-
-
-def story(db: sqlite3.Connection, event_id: str) -> Story | None:
-    row = db.execute(EVENT + " WHERE id = ?", (event_id,)).fetchone()
-    return _story(db, row) if row else None
-
-
-def page(db: sqlite3.Connection, query: Query) -> Page:
-    """List events, newest first; looks at a bounded number of them, so a page may hold few or none."""
-    rows = db.execute(
-        EVENT + " WHERE seq < ? ORDER BY seq DESC LIMIT ?",
-        (query.before if query.before is not None else 1 << 62, EXAMINED),
-    ).fetchall()
-    stories: list[Story] = []
-    for row in rows:
-        found = _story(db, row)
-        if _matches(query, found):
-            stories.append(found)
-        if len(stories) == query.limit:
-            break
-    else:
-        return Page(stories=tuple(stories), next_before=rows[-1][0] if len(rows) == EXAMINED else None)
-    return Page(stories=tuple(stories), next_before=row[0])
-
-
-def _matches(query: Query, found: Story) -> bool:
-    at_ms = found.event.accepted_at_ms
-    return (
-        (query.type is None or found.event.type == query.type)
-        and (query.since_ms is None or at_ms >= query.since_ms)
-        and (query.until_ms is None or at_ms < query.until_ms)
-        and (
-            (query.endpoint is None and query.state is None)
-            or any(
-                query.endpoint in {None, each.endpoint} and query.state in {None, each.state}
-                for each in found.deliveries
-            )
-        )
-    )
-
-
-def _story(db: sqlite3.Connection, row: Any) -> Story:
-    seq, id_, type_, timestamp, data, accepted_at, key, trace = row
-    event = Event(
-        id=id_, type=type_, timestamp=timestamp, data=data,
-        accepted_at_ms=accepted_at, key=key, traceparent=trace,
-    )  # fmt: skip
-    deliveries = db.execute(
-        "SELECT d.endpoint, p.id, d.state, d.due, d.attempts, d.at, d.milliseconds, d.status, d.answer"
-        " FROM deliveries d JOIN endpoints p ON p.number = d.endpoint WHERE d.event = ?",
-        (seq,),
-    ).fetchall()
-    stories = [_delivery_story(db, seq, each) for each in deliveries]
-    return Story(event=event, deliveries=tuple(sorted(stories, key=lambda each: each.endpoint)))
-
-
-def _delivery_story(db: sqlite3.Connection, seq: int, row: Any) -> DeliveryStory:
-    number, endpoint, state, due, count, *last = row
-    attempts = list(_failed(db, seq, number))
-    if last[0] is not None:
-        attempts.append(_attempt((count, *last[:3], None, last[3])))
-    return DeliveryStory(endpoint=endpoint, state=STATES[state], due_ms=due, attempts=tuple(attempts))
-
-
-def _failed(db: sqlite3.Connection, seq: int, number: int) -> Iterator[Attempt]:
-    rows = db.execute(
-        "SELECT number, at, milliseconds, status, reason, answer FROM attempts"
-        " WHERE event = ? AND endpoint = ? ORDER BY number",
-        (seq, number),
-    )
-    return map(_attempt, rows)
-
-
-def _attempt(row: Any) -> Attempt:
-    number, at, milliseconds, status, reason, answer = row
-    return Attempt(
-        number=number, at_ms=at, milliseconds=milliseconds, status=status, reason=reason, answer=answer
-    )

@@ -1,0 +1,85 @@
+"""Replay: deliveries that are over go back to pending; runs on the connection's thread, step by step."""
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from relay.model import State
+from relay.outbox import Ended
+from relay.outbox.statements import CODES, STATES
+
+STEP = 500  # deliveries looked at in one step: a few milliseconds
+
+Handle = tuple[int, int]  # event, endpoint
+
+CANDIDATE = (
+    "SELECT d.event, d.endpoint, d.state, e.type, e.accepted_at"
+    " FROM deliveries d CROSS JOIN events e ON e.seq = d.event WHERE "
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one step found: the deliveries with their states, and where the next one starts."""
+
+    found: list[tuple[Handle, State]]
+    after: int | None
+
+
+def find(db: sqlite3.Connection, ended: Ended, number: int | None, after: int) -> Step:
+    """Find deliveries that are over: of one event, or of endpoint `number` past event `after`."""
+    if ended.event_id is not None:
+        rows, reached = _of_event(db, ended.event_id, number), None
+    elif ended.state is State.DELIVERED:
+        # No index says what was delivered, so this walks all events, a bounded number in a step.
+        rows, reached = _delivered(db, number, after)
+    else:
+        # A literal, so that the state's partial index is seen to hold.
+        where = f"d.endpoint = ? AND d.state = {CODES[ended.state or State.DEAD]} AND d.event > ?"
+        rows = db.execute(CANDIDATE + where + " ORDER BY d.event LIMIT ?", (number, after, STEP)).fetchall()
+        reached = rows[-1][0] if len(rows) == STEP else None
+    found = [
+        ((event, endpoint), STATES[state])
+        for event, endpoint, state, type_, accepted_at in rows
+        if _fits(ended, type_, accepted_at)
+    ]
+    return Step(found=found, after=reached)
+
+
+def _of_event(db: sqlite3.Connection, event_id: str, number: int | None) -> list[Any]:
+    row = db.execute("SELECT seq FROM events WHERE id = ?", (event_id,)).fetchone()
+    if row is None:
+        return []
+    rows = db.execute(CANDIDATE + "d.event = ? AND d.state > 0", row).fetchall()
+    return [each for each in rows if number in {None, each[1]}]
+
+
+def _delivered(db: sqlite3.Connection, number: int | None, after: int) -> tuple[list[Any], int | None]:
+    top = db.execute("SELECT max(seq) FROM events").fetchone()[0] or 0
+    where = "d.event > ? AND d.event <= ? AND d.endpoint = ? AND d.state = 1"
+    rows = db.execute(CANDIDATE + where, (after, after + STEP, number)).fetchall()
+    return rows, after + STEP if after + STEP < top else None
+
+
+def _fits(ended: Ended, type_: str, accepted_at: int) -> bool:
+    return (
+        ended.type in {None, type_}
+        and (ended.since_ms is None or accepted_at >= ended.since_ms)
+        and (ended.until_ms is None or accepted_at < ended.until_ms)
+    )
+
+
+def revive(db: sqlite3.Connection, handles: Sequence[Handle], due: Sequence[int]) -> None:
+    """Put these deliveries back to pending; what they were delivered with joins their other attempts."""
+    db.executemany(
+        "INSERT INTO attempts (event, endpoint, number, at, milliseconds, status, answer)"
+        " SELECT event, endpoint, attempts, at, milliseconds, status, answer FROM deliveries"
+        " WHERE event = ? AND endpoint = ? AND at IS NOT NULL",
+        handles,
+    )
+    db.executemany(
+        "UPDATE deliveries SET state = 0, due = ?, steps = 0, at = NULL, milliseconds = NULL, status = NULL,"
+        " answer = NULL WHERE event = ? AND endpoint = ?",
+        [(due_ms, *handle) for handle, due_ms in zip(handles, due, strict=True)],
+    )
