@@ -53,8 +53,16 @@ class Lane:
         self._sending = 0
         self._drain: asyncio.Timeout | None = None
         self._stop_at: float | None = None
+        self._paused = False
+        self.ended = asyncio.Event()
 
     def wake(self) -> None:
+        self._wake.set()
+
+    def change(self, endpoint: Endpoint, *, paused: bool) -> None:
+        """Go on with other settings from the next attempt; a paused endpoint keeps what waits for it."""
+        self.endpoint = endpoint
+        self._paused = paused
         self._wake.set()
 
     def stop(self, grace_seconds: float) -> None:
@@ -81,12 +89,15 @@ class Lane:
         self._drain = None
         # What was cut off has no outcome, so it was no attempt: hand it back unspent.
         await self._outbox.release(list(self._claimed.values()))
+        self.ended.set()
 
     def _stopping(self) -> bool:
         return self._stop_at is not None
 
     @property
     def _free(self) -> int:
+        if self._paused:
+            return 0
         slots = self.endpoint.concurrency
         return min(slots - self._sending, slots * CLAIMED_PER_SLOT - len(self._claimed))
 
@@ -178,17 +189,35 @@ class Lane:
 
 
 class Lanes:
-    """All lanes, by endpoint."""
+    """All lanes, by endpoint; `make` makes one."""
 
-    def __init__(self, lanes: Iterable[Lane]) -> None:
-        self._lanes = {lane.endpoint.id: lane for lane in lanes}
-        self.stopped = asyncio.Event()
+    def __init__(self, make: Callable[[Endpoint], Lane]) -> None:
+        self._make = make
+        self._lanes: dict[str, Lane] = {}
+        self._tasks: asyncio.TaskGroup | None = None
         self._stop = asyncio.Event()
+        self.stopped = asyncio.Event()
 
     def wake(self, endpoints: Iterable[str]) -> None:
         """Tell lanes that something new waits for them."""
         for endpoint in endpoints:
-            self._lanes[endpoint].wake()
+            if endpoint in self._lanes:  # else it was removed a moment ago
+                self._lanes[endpoint].wake()
+
+    async def keep(self, endpoint: Endpoint, *, paused: bool) -> None:
+        """Deliver to an endpoint, or from the next attempt on as it is now."""
+        lane = self._lanes.get(endpoint.id)
+        if lane is None:
+            lane = self._lanes[endpoint.id] = self._make(endpoint)
+            if self._tasks is not None:
+                self._tasks.create_task(lane.run(), name=f"lane {endpoint.id}")
+        lane.change(endpoint, paused=paused)
+
+    async def drop(self, endpoint: str) -> None:
+        """Deliver no more to an endpoint; what is in flight is cut off and handed back."""
+        lane = self._lanes.pop(endpoint)
+        lane.stop(0)
+        await lane.ended.wait()
 
     def stop(self, grace_seconds: float) -> None:
         self._stop.set()
@@ -197,8 +226,8 @@ class Lanes:
 
     async def run(self) -> None:
         """Deliver until `stop`; a fault of our own in one lane ends all, loudly."""
-        async with asyncio.TaskGroup() as tasks:
+        async with asyncio.TaskGroup() as self._tasks:
             for lane in self._lanes.values():
-                tasks.create_task(lane.run(), name=f"lane {lane.endpoint.id}")
+                self._tasks.create_task(lane.run(), name=f"lane {lane.endpoint.id}")
             await self._stop.wait()  # also with no endpoint at all
         self.stopped.set()

@@ -28,9 +28,14 @@ class Policy:
     ports: frozenset[int] | None = None  # None: any
     allow_http: bool = False
 
-    def opened_to(self, source: str) -> tuple[Network, ...]:
-        """Return the ranges that endpoints from "config" or "api" may enter besides the public ones."""
-        return self.allow_private if source == "config" or self.allow_private_for_api else ()
+    def opened_to(self, source: str, *, plain: bool) -> tuple[Network, ...]:
+        """Return the ranges that endpoints from "config" or "api" may enter besides the public ones.
+
+        Without TLS (`plain`) it is only ever this machine, which is what `allow_http` is for.
+        """
+        if source != "config" and not self.allow_private_for_api:
+            return ()
+        return LOOPBACK if plain else self.allow_private
 
 
 def _ranges(reason: str, *networks: str) -> tuple[tuple[Network, str], ...]:

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 
 from relay import canonical, formats
+from relay.catalogue import Catalogue
 from relay.clock import Clock
 from relay.model import Event, Receipt, Submission
 from relay.outbox import Outbox
@@ -63,12 +64,18 @@ class Ingest:
         subscriptions: Subscriptions,
         clock: Clock,
         wake: Callable[[Iterable[str]], None],
+        catalogue: Catalogue | None = None,
     ) -> None:
         self.subscriptions = subscriptions
+        self._catalogue = catalogue or Catalogue([])
         self._outbox = outbox
         self._clock = clock
         self._wake = wake
         self._ids = EventIds()
+
+    def subscribe(self, subscriptions: Subscriptions) -> None:
+        """Match what is submitted from now on against these."""
+        self.subscriptions = subscriptions
 
     async def submit(self, drafts: Sequence[Draft]) -> list[Receipt]:
         """Keep all drafts or none. Raises InvalidError, and what `Outbox.accept` raises."""
@@ -100,10 +107,16 @@ class Ingest:
         except canonical.Unrepresentable as error:
             problems += error.problems
         if not problems:
+            problems += self._unfit(str(value["event"]), value["data"], pointer)
             problems += self._strangers(value.get("to", ()), pointer)
         if problems:
             raise InvalidError(problems)
         return self._submission(draft, value, data)
+
+    def _unfit(self, type_: str, data: object, pointer: str) -> list[Problem]:
+        if wrong := self._catalogue.wrong_type(type_):
+            return [(f"{pointer}/event", wrong)]
+        return [(f"{pointer}/data{at}", detail) for at, detail in self._catalogue.wrong_data(type_, data)]
 
     def _strangers(self, to: Sequence[str], pointer: str) -> list[Problem]:
         known = self.subscriptions.endpoints

@@ -107,6 +107,7 @@ class Endpoint:
     url: str
     events: tuple[str, ...]  # exact types, `prefix.*` or `*`
     sign: tuple[Signer, ...] = field(repr=False)
+    signatures: tuple[str, ...] = ()  # the names of the schemes, for people
     retry_schedule: tuple[float, ...]  # seconds before the 1st, 2nd, … retry
     timeout_seconds: float  # of one attempt, from the look-up to the last byte read
     concurrency: int

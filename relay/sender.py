@@ -147,6 +147,8 @@ class Sender:
             raise RefusedError(f"the URL {problem}")
         # As it was given: a receiver may sign or route by the exact path.
         url = URL(endpoint.url, encoded=True)
+        plain = url.scheme == "http"
+        right = _Right(allow=self._policy.opened_to(endpoint.source, plain=plain), plain=plain)
         headers = CIMultiDict({"User-Agent": self._user_agent, "Accept-Encoding": "identity"})
         headers.update((name, value.reveal()) for name, value in endpoint.headers)
         prepared = _Prepared(
@@ -154,18 +156,12 @@ class Sender:
             url=url,
             headers=headers,
             timeout=_timeout(endpoint.timeout_seconds),
-            session=self._session(self._right(endpoint, plain=url.scheme == "http")),
+            session=self._session(right),
         )
         if len(self._prepared) >= _PREPARED_AT_MOST:
             self._prepared.clear()
         self._prepared[endpoint.id] = prepared
         return prepared
-
-    def _right(self, endpoint: Endpoint, *, plain: bool) -> _Right:
-        allow = self._policy.opened_to(endpoint.source)
-        if plain and endpoint.source == "config":
-            allow = egress.LOOPBACK  # which is what `allow_http` is for
-        return _Right(allow=allow, plain=plain)
 
     def _session(self, right: _Right) -> aiohttp.ClientSession:
         """Return the session of this right: the one place where a session is built."""
@@ -347,8 +343,6 @@ _REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (aiohttp.ServerDisconnectedError, "conn_closed"),
     (ConnectionRefusedError, "conn_refused"),
     (ConnectionError, "conn_reset"),
-    (aiohttp.ClientConnectorError, "unreachable"),
-    (aiohttp.ClientOSError, "conn_reset"),
     (OSError, "unreachable"),
 )
 

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -19,9 +19,11 @@ from relay import __version__, logs
 from relay.api import make_app, make_ops_app
 from relay.api.guard import LOOPBACK_HOSTS
 from relay.api.state import State
+from relay.catalogue import Catalogue
 from relay.clock import SystemClock
 from relay.config import Address, Config, Server
 from relay.delivery import Lane, Lanes
+from relay.endpoints import Endpoints
 from relay.ingest import Ingest
 from relay.outbox import DamagedError, HeldError, NewerSchemaError, OutboxError, open_outbox
 from relay.retention import forget
@@ -60,27 +62,62 @@ def run(config: Config, path: Path) -> int:
 async def serve(config: Config, path: Path) -> None:
     clock = SystemClock()
     stop = Stop()
-    async with open_outbox(config.outbox.path, synchronous=config.outbox.durability) as outbox:
-        for endpoint, count in (await outbox.register([each.id for each in config.endpoints])).items():
-            log.warning("deliveries_cancelled", extra={"endpoint": endpoint, "deliveries": count})
-        async with open_sender(policy=config.egress.policy, version=__version__) as sender:
-            lanes = Lanes(
-                Lane(endpoint, outbox=outbox, sender=sender, clock=clock) for endpoint in config.endpoints
-            )
-            ingest = Ingest(
-                outbox=outbox, subscriptions=Subscriptions(config.endpoints), clock=clock, wake=lanes.wake
-            )
-            state = State(outbox=outbox, ingest=ingest, max_event_size=config.server.max_event_size)
-            async with asyncio.TaskGroup() as tasks:
+    async with (
+        open_outbox(config.outbox.path, synchronous=config.outbox.durability) as outbox,
+        open_sender(policy=config.egress.policy, version=__version__) as sender,
+    ):
+        lanes = Lanes(lambda endpoint: Lane(endpoint, outbox=outbox, sender=sender, clock=clock))
+        catalogue = Catalogue(config.events.values())
+        ingest = Ingest(
+            outbox=outbox,
+            subscriptions=Subscriptions([]),
+            clock=clock,
+            wake=lanes.wake,
+            catalogue=catalogue,
+        )
+        endpoints = Endpoints(
+            configured=config.endpoints,
+            defaults=config.delivery,
+            policy=config.egress.policy,
+            outbox=outbox,
+            lanes=lanes,
+            clock=clock,
+            change=ingest.subscribe,
+        )
+        tell_changes(*await endpoints.open())
+        state = State(
+            outbox=outbox,
+            ingest=ingest,
+            endpoints=endpoints,
+            catalogue=catalogue,
+            sender=sender,
+            clock=clock,
+            wake=lanes.wake,
+            max_event_size=config.server.max_event_size,
+        )
+        async with asyncio.TaskGroup() as tasks:
+            chores = [
+                tasks.create_task(forget(outbox, clock, config.outbox.retention_seconds)),
+                tasks.create_task(endpoints.end_overlaps()),
+            ]
+            async with listening(config.server, state) as addresses:
+                # No delivery may ever come back to us, so none goes out before our addresses are known.
+                sender.own_addresses = addresses
                 tasks.create_task(lanes.run())
-                forgetting = tasks.create_task(forget(outbox, clock, config.outbox.retention_seconds))
-                async with listening(config.server, state) as addresses:
-                    sender.own_addresses = addresses
-                    log.info("started", extra={"config": str(path), "version": __version__})
-                    await stop.asked.wait()
-                    await wind_down(config.server, state, lanes, stop)
-                forgetting.cancel()
+                log.info("started", extra={"config": str(path), "version": __version__})
+                await stop.asked.wait()
+                await wind_down(config.server, state, lanes, stop)
+            for chore in chores:
+                chore.cancel()
     log.info("stopped")
+
+
+def tell_changes(cancelled: Mapping[str, int], aside: Sequence[str]) -> None:
+    """Say what became of endpoints that are no longer as they were at the last stop."""
+    for endpoint, count in cancelled.items():
+        log.warning("deliveries_cancelled", extra={"endpoint": endpoint, "deliveries": count})
+    for endpoint in aside:
+        log.warning("endpoint_set_aside", extra={"endpoint": endpoint})
 
 
 async def wind_down(server: Server, state: State, lanes: Lanes, stop: "Stop") -> None:

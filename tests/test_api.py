@@ -13,6 +13,7 @@ from aiohttp import web
 from relay.api import bodies, make_app
 from relay.api.guard import LOOPBACK_HOSTS
 from relay.api.state import State
+from relay.catalogue import Catalogue
 from relay.ingest import Ingest
 from relay.model import Secret
 from relay.outbox import Backlog
@@ -61,7 +62,16 @@ async def open_api(outbox, tokens=()) -> AsyncIterator[Api]:
     ingest = Ingest(
         outbox=outbox, subscriptions=Subscriptions(endpoints), clock=MovedClock(), wake=woken.extend
     )
-    state = State(outbox=outbox, ingest=ingest, max_event_size=1000)
+    state = State(
+        outbox=outbox,
+        ingest=ingest,
+        endpoints=None,
+        catalogue=Catalogue([]),
+        sender=None,
+        clock=MovedClock(),
+        wake=woken.extend,
+        max_event_size=1000,
+    )
     runner = web.AppRunner(make_app(state, hosts=LOOPBACK_HOSTS, tokens=tokens), access_log=None)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -11,7 +11,7 @@ import pytest
 from relay.config import Address, Config, ConfigError, find, load, parse_duration, parse_size
 from relay.config.check import keys
 from relay.config.lines import lines_of
-from relay.config.settings import TABLES, DeliverySettings, EndpointSettings, EventType
+from relay.config.settings import TABLES, DeliverySettings, EndpointSettings, EventSettings
 from relay.model import Message, Secret
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
@@ -931,7 +931,7 @@ def test_the_example_is_valid_and_names_every_key():
     config = load(EXAMPLE, {})
     known = [
         name
-        for table in (*TABLES.values(), DeliverySettings, EndpointSettings, EventType)
+        for table in (*TABLES.values(), DeliverySettings, EndpointSettings, EventSettings)
         for name in keys(table)
     ]
 

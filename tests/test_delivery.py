@@ -81,9 +81,9 @@ def sender() -> ScriptedSender:
 def run_lanes(outbox, clock, sender):
     @asynccontextmanager
     async def running(*endpoints: Endpoint, grace: float = 5.0) -> AsyncIterator[Lanes]:
-        lanes = Lanes(
-            Lane(each, outbox=outbox, sender=sender, clock=clock, spread=lambda: 0.5) for each in endpoints
-        )
+        lanes = Lanes(lambda each: Lane(each, outbox=outbox, sender=sender, clock=clock, spread=lambda: 0.5))
+        for each in endpoints:
+            await lanes.keep(each, paused=False)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(lanes.run())
             yield lanes
@@ -164,6 +164,33 @@ async def test_one_endpoint_that_hangs_does_not_hold_another(outbox, run_lanes, 
         assert outbox._pending[1] == 30
 
 
+async def test_a_paused_endpoint_keeps_what_waits_for_it_and_sends_it_after(outbox, sender, run_lanes):
+    async with run_lanes(endpoint()) as lanes:
+        await lanes.keep(endpoint(), paused=True)
+        await outbox.accept([submission("a")])
+        lanes.wake(["main"])
+        await asyncio.sleep(0.02)
+        assert sender.messages == []
+        await lanes.keep(endpoint(), paused=False)
+        await until(lambda: outbox._pending[1] == 0)
+    assert len(sender.messages) == 1
+
+
+async def test_a_lane_can_come_and_go_while_others_run(outbox, sender, run_lanes):
+    async with run_lanes(endpoint("main")) as lanes:
+        await outbox.accept([submission("a", "other")])
+        await lanes.keep(endpoint("other"), paused=False)
+        await until(lambda: len(sender.messages) == 1)
+        sender.open.clear()
+        await outbox.accept([submission("b", "other")])
+        lanes.wake(["other"])
+        await until(lambda: sender.sending == 1)
+        await lanes.drop("other")
+        assert sender.sending == 0
+        lanes.wake(["other"])
+    assert await pending(outbox, "other") == Backlog(pending=1, dead=0)
+
+
 async def test_a_stop_waits_for_what_is_in_flight(outbox, sender, run_lanes):
     sender.open.clear()
     await outbox.accept([submission(f"{n}") for n in range(10)])
@@ -210,6 +237,7 @@ async def test_a_fault_of_our_own_ends_the_lanes_loudly(outbox, clock, run_lanes
             raise ZeroDivisionError
 
     await outbox.accept([submission("a")])
-    lane = Lane(endpoint(), outbox=outbox, sender=Faulty(), clock=clock)
+    lanes = Lanes(lambda each: Lane(each, outbox=outbox, sender=Faulty(), clock=clock))
+    await lanes.keep(endpoint(), paused=False)
     with pytest.raises(ExceptionGroup):
-        await Lanes([lane]).run()
+        await lanes.run()

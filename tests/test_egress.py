@@ -164,10 +164,18 @@ def test_nothing_is_allowed_that_is_not_global():
 def test_api_endpoints_enter_private_ranges_only_when_told_so():
     """Who may register an endpoint need not be who wrote the config."""
     ranges = (ip_network("10.1.0.0/16"),)
+    closed, opened = Policy(allow_private=ranges), Policy(allow_private=ranges, allow_private_for_api=True)
 
-    assert Policy(allow_private=ranges).opened_to("config") == ranges
-    assert Policy(allow_private=ranges).opened_to("api") == ()
-    assert Policy(allow_private=ranges, allow_private_for_api=True).opened_to("api") == ranges
+    assert closed.opened_to("config", plain=False) == opened.opened_to("config", plain=False) == ranges
+    assert (closed.opened_to("api", plain=False), opened.opened_to("api", plain=False)) == ((), ranges)
+
+
+def test_http_opens_this_machine_and_no_range_besides():
+    """A range that was opened for https was not opened for sending events in clear."""
+    policy = Policy(allow_private=(ip_network("10.1.0.0/16"),), allow_http=True)
+
+    assert policy.opened_to("config", plain=True) == (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+    assert policy.opened_to("api", plain=True) == ()
 
 
 OPEN = Policy(allow_http=True)

@@ -8,6 +8,7 @@ from relay.api.events import LARGEST_BATCH, Events
 from relay.api.guard import guard
 from relay.api.operations import Operations
 from relay.api.state import State
+from relay.api.webhooks import Webhooks
 from relay.model import Secret
 
 
@@ -16,7 +17,7 @@ def make_app(
 ) -> web.Application:
     """Join guard and handlers; `hosts` None means a unix socket, which no browser can reach."""
     app = web.Application(middlewares=[guard(hosts=hosts, tokens=tokens)], client_max_size=LARGEST_BATCH)
-    app.add_routes(Events(state).routes() + Operations(state).routes())
+    app.add_routes(Events(state).routes() + Webhooks(state).routes() + Operations(state).routes())
     return app
 
 

@@ -58,3 +58,14 @@ def parse(body: bytes) -> canonical.JSON:
         return canonical.parse(body)
     except canonical.NotJSON as error:
         raise Problem(400, str(error)) from None
+
+
+async def members(request: web.Request, limit: int, *, optional: bool = False) -> dict[str, canonical.JSON]:
+    """Return the body's object; `optional` lets an empty body stand for an empty one. Raises 4xx."""
+    if optional and not request.body_exists:
+        return {}
+    content_type(request, JSON)
+    value = parse(await read(request, limit) or (b"{}" if optional else b""))
+    if not isinstance(value, dict):
+        raise Problem(422, "the body must be an object", errors=[("#", "must be an object")])
+    return value

@@ -1,24 +1,21 @@
 """`/v1/events`: submitting events, one or many, and looking at what became of them (contract 3 and 4)."""
 
-import re
-
 import orjson
 from aiohttp import web
 
 from relay import canonical
 from relay.api import bodies
+from relay.api.answers import Mistake, answer, invalid, page, unavailable
 from relay.api.problems import Problem
+from relay.api.selection import read_query
 from relay.api.state import State
 from relay.ingest import Draft, InvalidError, idempotency_key, iso, traceparent
-from relay.ingest import Problem as Mistake
 from relay.model import Attempt, Receipt
-from relay.outbox import ConflictError, DeliveryStory, FullError, Page, Query, Story
+from relay.outbox import ConflictError, DeliveryStory, Ended, FullError, Story
 
 LARGEST_BATCH = 16 << 20
 MOST_IN_BATCH = 1000
-DEFAULT_LIMIT = 50
-LARGEST_LIMIT = 200
-RETRY_AFTER_SECONDS = 5
+LARGEST_REPLAY = 4 << 10
 
 
 class Events:
@@ -33,6 +30,8 @@ class Events:
             web.post("/v1/events/batch", self.submit_batch),
             web.get("/v1/events", self.listing, allow_head=False),
             web.get("/v1/events/{id}", self.show, allow_head=False),
+            web.post("/v1/events/{id}/replay", self.replay),
+            web.get("/v1/event-types", self.types, allow_head=False),
         ]
 
     async def submit(self, request: web.Request) -> web.Response:
@@ -64,14 +63,47 @@ class Events:
         return answer({"events": [_receipt(receipt) for receipt in receipts]}, status=202)
 
     async def listing(self, request: web.Request) -> web.Response:
-        page = await self._state.outbox.events(_query(request))
-        return answer(_page(page))
+        found = await self._state.outbox.events(read_query(request.query))
+        cursor = str(found.next_before) if found.next_before is not None else None
+        return answer(page([_story(story) for story in found.stories], cursor))
 
     async def show(self, request: web.Request) -> web.Response:
         story = await self._state.outbox.story(request.match_info["id"])
         if story is None:
             raise Problem(404, "there is no event of this id; it may have been forgotten after the retention")
         return answer(_story(story))
+
+    async def replay(self, request: web.Request) -> web.Response:
+        """Send an event again: all its deliveries that are over, or that of one endpoint."""
+        id_ = request.match_info["id"]
+        values = await bodies.members(request, LARGEST_REPLAY, optional=True)
+        if not values.keys() <= {"endpoint"}:
+            raise invalid([("#", "must be an object with at most the member endpoint")])
+        endpoint = values.get("endpoint")
+        if endpoint is not None and endpoint not in self._state.ingest.subscriptions.endpoints:
+            raise invalid([("#/endpoint", "is not the id of an endpoint")])
+        outbox = self._state.outbox
+        if await outbox.story(id_) is None:
+            raise Problem(404, "there is no event of this id; it may have been forgotten after the retention")
+        count = await outbox.revive(Ended(event_id=id_, endpoint=endpoint), self._state.clock.now_ms())
+        self._state.wake(self._state.ingest.subscriptions.endpoints)
+        return answer({"count": count})
+
+    async def types(self, _request: web.Request) -> web.Response:
+        return answer(
+            page(
+                [
+                    {
+                        "event": each.type,
+                        "description": each.description,
+                        "sample": each.sample,
+                        "schema": each.schema,
+                    }
+                    for each in self._state.catalogue.types.values()
+                ],
+                None,
+            )
+        )
 
     async def _keep(self, drafts: list[Draft]) -> list[Receipt]:
         if self._state.refusing is not None:
@@ -145,35 +177,6 @@ def _drafts(values: list[canonical.JSON], prefix: str, parent: str | None) -> li
     return drafts
 
 
-def _query(request: web.Request) -> Query:
-    limit = request.query.get("limit", str(DEFAULT_LIMIT))
-    cursor = request.query.get("cursor")
-    mistakes: list[Mistake] = []
-    if not re.fullmatch(r"[0-9]{1,4}", limit) or not 1 <= int(limit) <= LARGEST_LIMIT:
-        mistakes.append(("#limit", f"must be 1 to {LARGEST_LIMIT}"))
-    if cursor is not None and not re.fullmatch(r"[0-9]{1,18}", cursor):
-        mistakes.append(("#cursor", "must be the next_cursor of the page before"))
-    mistakes += [(f"#{name}", "is not a filter") for name in request.query if name not in {"limit", "cursor"}]
-    if mistakes:
-        raise invalid(mistakes)
-    return Query(limit=int(limit), before=int(cursor) if cursor is not None else None)
-
-
-def answer(content: object, status: int = 200) -> web.Response:
-    return web.Response(
-        body=orjson.dumps(content), status=status, headers={"Content-Type": "application/json"}
-    )
-
-
-def invalid(mistakes: tuple[Mistake, ...] | list[Mistake]) -> Problem:
-    detail = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else f"{mistakes[0][0]} {mistakes[0][1]}"
-    return Problem(422, detail, errors=mistakes)
-
-
-def unavailable(detail: str) -> Problem:
-    return Problem(503, detail, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
-
-
 def _receipt(receipt: Receipt) -> dict[str, object]:
     return {
         "id": receipt.id,
@@ -182,11 +185,6 @@ def _receipt(receipt: Receipt) -> dict[str, object]:
         "endpoints": receipt.endpoints,
         "duplicate": receipt.duplicate,
     }
-
-
-def _page(page: Page) -> dict[str, object]:
-    cursor = str(page.next_before) if page.next_before is not None else None
-    return {"data": [_story(story) for story in page.stories], "next_cursor": cursor}
 
 
 def _story(story: Story) -> dict[str, object]:

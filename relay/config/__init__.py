@@ -17,9 +17,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
+from relay.catalogue import EventType, SchemaError, validator
 from relay.config.address import Address
 from relay.config.check import Report, WrongValueError, has_type, keys, read_table, refuse_unknown
-from relay.config.endpoint import read_endpoints
+from relay.config.endpoint import SettingsError, read_api_endpoint, read_endpoints
 from relay.config.lines import Place
 from relay.config.quantity import parse_duration, parse_size
 from relay.config.settings import (
@@ -27,7 +28,7 @@ from relay.config.settings import (
     TABLES,
     DeliverySettings,
     EgressSettings,
-    EventType,
+    EventSettings,
     Logging,
     OutboxSettings,
     Server,
@@ -47,11 +48,13 @@ __all__ = [
     "Logging",
     "OutboxSettings",
     "Server",
+    "SettingsError",
     "WrongValueError",
     "find",
     "load",
     "parse_duration",
     "parse_size",
+    "read_api_endpoint",
 ]
 
 T = TypeVar("T")
@@ -149,13 +152,28 @@ def _event_type(name: str, table: Any, at: Place, report: Report) -> EventType:
     if (split := _split_name(table)) is not None:
         report.wrong((*at, split), f'a type with dots is quoted: [events."{name}.{split}"]')
         return EventType(type=name)
-    (fields,) = read_table(table, at, report, EventType)
-    return EventType(type=name, **fields)
+    (fields,) = read_table(table, at, report, EventSettings)
+    event_type = EventType(type=name, **fields)
+    if event_type.schema is not None:
+        _check_schema(event_type, at, report)
+    return event_type
+
+
+def _check_schema(event_type: EventType, at: Place, report: Report) -> None:
+    """Compile the schema and hold the sample against it: one that does not fit teaches the wrong thing."""
+    try:
+        validate = validator(event_type.schema or {})
+    except SchemaError as error:
+        report.wrong((*at, "schema"), str(error))
+        return
+    if event_type.sample is not None:
+        for where, detail in validate(event_type.sample):
+            report.wrong((*at, "sample"), f"does not fit the schema: {where or 'it'} {detail}")
 
 
 def _split_name(table: Any) -> str | None:
     """Return the rest of a type that was not quoted, so that TOML made nested tables of its parts."""
-    known = keys(EventType)
+    known = keys(EventSettings)
     inner = table.items() if isinstance(table, dict) else ()
     return next(
         (

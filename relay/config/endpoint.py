@@ -35,6 +35,29 @@ def read_endpoints(
     return tuple(endpoints)
 
 
+def read_api_endpoint(
+    settings: Mapping[str, Any], delivery: DeliverySettings, policy: egress.Policy
+) -> Endpoint:
+    """Read the settings of an endpoint of the API by the same rules. Raises SettingsError."""
+    report = Report()
+    endpoint = _endpoint(settings, (), delivery, policy, report)
+    if endpoint is None:
+        raise SettingsError(tuple((_pointer(place), text) for place, text in report.found))
+    return replace(endpoint, source="api")
+
+
+class SettingsError(Exception):
+    """An endpoint's settings with mistakes: of each its JSON pointer and what is wrong."""
+
+    def __init__(self, problems: tuple[tuple[str, str], ...]) -> None:
+        super().__init__("; ".join(f"{pointer} {text}" for pointer, text in problems))
+        self.problems = problems
+
+
+def _pointer(place: Place) -> str:
+    return "#" + "".join("/" + str(step).replace("~", "~0").replace("/", "~1") for step in place)
+
+
 def _endpoint(
     table: Mapping[str, Any], at: Place, delivery: DeliverySettings, policy: egress.Policy, report: Report
 ) -> Endpoint | None:
@@ -54,6 +77,7 @@ def _endpoint(
         events=own["events"],
         description=own.get("description", ""),
         sign=sign,
+        signatures=how.signatures,
         retry_schedule=how.retry_schedule,
         timeout_seconds=how.timeout_seconds,
         concurrency=how.concurrency,

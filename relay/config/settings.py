@@ -155,10 +155,9 @@ class EndpointSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EventType:
+class EventSettings:
     """[events."…"]: a type of event the application may post."""
 
-    type: str
     description: Annotated[str, _TEXT] = ""
     sample: Annotated[object, _JSON] = None
     schema: Annotated[Mapping[str, object] | None, _JsonTable()] = None

@@ -1,0 +1,282 @@
+"""The endpoints there are: those of the config, which stay as they are, and those of the API.
+
+Changes come in as plain settings (contract section 4), are read by the rules of the config, kept in the
+outbox, and only then take effect: for what is accepted from now on, and for every attempt from the next.
+One change at a time; what it would break is said before anything is written.
+"""
+
+import asyncio
+import base64
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import orjson
+
+from relay import egress
+from relay.clock import Clock
+from relay.config import DeliverySettings, SettingsError, read_api_endpoint
+from relay.model import Endpoint
+from relay.outbox import KeptEndpoint, Outbox
+from relay.subscription import Subscriptions
+
+SECRET_BYTES = 32
+DEFAULT_OVERLAP_SECONDS = 24 * 3600.0
+MOST_SECRETS = 5  # live at once
+
+Settings = Mapping[str, Any]
+
+
+class ConflictError(Exception):
+    """A change that does not fit what is there; the text says why and what to do."""
+
+
+class UnknownEndpointError(Exception):
+    """There is no endpoint of this id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registered:
+    """An endpoint and what the relay was told of it."""
+
+    endpoint: Endpoint
+    paused: bool = False
+    settings: Settings | None = None  # as kept, with its secrets; None for the config's
+    overlap_until_ms: int | None = None  # when the older secret stops signing
+
+
+class Lanes(Protocol):
+    """Who brings deliveries to the endpoints."""
+
+    async def keep(self, endpoint: Endpoint, *, paused: bool) -> None: ...
+
+    async def drop(self, endpoint: str) -> None: ...
+
+
+class Endpoints:
+    """The register; `change` is told the new subscriptions whenever they are others."""
+
+    def __init__(
+        self,
+        *,
+        configured: Sequence[Endpoint],
+        defaults: DeliverySettings,
+        policy: egress.Policy,
+        outbox: Outbox,
+        lanes: Lanes,
+        clock: Clock,
+        change: Callable[[Subscriptions], None],
+    ) -> None:
+        self._registered = {each.id: Registered(endpoint=each) for each in configured}
+        self._defaults = defaults
+        self._policy = policy
+        self._outbox = outbox
+        self._lanes = lanes
+        self._clock = clock
+        self._change = change
+        self._one_at_a_time = asyncio.Lock()
+        self._changed = asyncio.Event()
+
+    async def open(self) -> tuple[dict[str, int], list[str]]:
+        """Take up what the outbox keeps, and start delivering.
+
+        Returns how many deliveries were cancelled of endpoints that are no longer there, and the ids of
+        endpoints of the API that are set aside because the config has their id or can no longer allow them.
+        """
+        aside: list[str] = []
+        for kept in await self._outbox.endpoints():
+            configured = self._registered.get(kept.id)
+            if configured is not None:
+                self._registered[kept.id] = replace(configured, paused=kept.paused)
+            elif kept.settings is not None:
+                try:
+                    self._registered[kept.id] = self._read(orjson.loads(kept.settings), paused=kept.paused)
+                except SettingsError:
+                    aside.append(kept.id)
+            if configured is not None and kept.settings is not None:
+                aside.append(kept.id)
+        cancelled = await self._outbox.register(list(self._registered))
+        for each in self._registered.values():
+            await self._lanes.keep(each.endpoint, paused=each.paused)
+        self._change(self._subscriptions())
+        return cancelled, aside
+
+    def all(self) -> list[Registered]:
+        """Return every endpoint, those of the config first."""
+        return sorted(
+            self._registered.values(), key=lambda each: (each.settings is not None, each.endpoint.id)
+        )
+
+    def get(self, id_: str) -> Registered:
+        """Return one endpoint. Raises UnknownEndpointError."""
+        try:
+            return self._registered[id_]
+        except KeyError:
+            raise UnknownEndpointError(id_) from None
+
+    async def put(self, values: Settings) -> tuple[Registered, str | None]:
+        """Create an endpoint, or update the one that has this URL; return it, and the secret of a new one.
+
+        Raises SettingsError, ConflictError.
+        """
+        async with self._one_at_a_time:
+            refuse_internal(values)
+            same = self._of_url(values.get("url"))
+            if same is not None:
+                id_ = self._own(same.endpoint.id).endpoint.id
+                if values.get("id", id_) != id_:
+                    raise ConflictError(f"endpoint {id_} has this URL: leave id out, or use {id_}")
+                return await self._update(same, values), None
+            id_ = values.get("id", f"ep_{secrets.token_hex(8)}")
+            if id_ in self._registered:
+                self._own(id_)
+                raise ConflictError(f"endpoint {id_} is there with another URL: change it with PATCH")
+            secret = new_secret() if values.get("secret") is None else values["secret"]
+            return await self._keep({**values, "id": id_, "secret": secret}, paused=False), secret
+
+    async def patch(self, id_: str, values: Settings) -> Registered:
+        """Change some of an endpoint's settings; null gives one its default back.
+
+        Raises SettingsError, ConflictError, UnknownEndpointError.
+        """
+        async with self._one_at_a_time:
+            refuse_internal(values)
+            registered = self._own(id_)
+            if values.get("id", id_) != id_:
+                raise ConflictError("an id cannot be changed: make another endpoint and remove this one")
+            same = self._of_url(values.get("url"))
+            if same is not None and same.endpoint.id != id_:
+                raise ConflictError(f"endpoint {same.endpoint.id} has this URL already")
+            return await self._update(registered, values)
+
+    async def remove(self, id_: str) -> int:
+        """Take an endpoint away; return how many of its deliveries were cancelled."""
+        async with self._one_at_a_time:
+            self._own(id_)
+            del self._registered[id_]
+            self._change(self._subscriptions())
+            await self._lanes.drop(id_)
+            return await self._outbox.drop_endpoint(id_)
+
+    async def pause(self, id_: str, *, paused: bool) -> Registered:
+        """Hold back an endpoint's deliveries, or let them go again; the config's too."""
+        async with self._one_at_a_time:
+            return await self._take_effect(replace(self.get(id_), paused=paused))
+
+    async def rotate(self, id_: str, overlap_seconds: float) -> tuple[Registered, str]:
+        """Give an endpoint a new secret; the older one goes on signing beside it for the overlap."""
+        async with self._one_at_a_time:
+            secret = new_secret()
+            return await self._update(self._own(id_), {"secret": secret}, overlap_seconds), secret
+
+    async def end_overlaps(self) -> None:
+        """Retire older secrets when their overlap is over; until cancelled."""
+        while True:
+            self._changed.clear()
+            ends = [
+                until for each in self._registered.values() if (until := each.overlap_until_ms) is not None
+            ]
+            await self._clock.wait(self._changed, min(ends, default=None))
+            async with self._one_at_a_time:
+                now_ms = self._clock.now_ms()
+                for each in self.all():
+                    if each.overlap_until_ms is not None and each.overlap_until_ms <= now_ms:
+                        await self._update(each, {})
+
+    async def _update(
+        self, registered: Registered, values: Settings, overlap_seconds: float = DEFAULT_OVERLAP_SECONDS
+    ) -> Registered:
+        settings = {**(registered.settings or {}), **values}
+        live: list[str] = list((registered.settings or {})["secrets"])
+        until_ms, now_ms = registered.overlap_until_ms, self._clock.now_ms()
+        if until_ms is not None and until_ms <= now_ms:
+            live, until_ms = live[:1], None
+        secret = values.get("secret")
+        if secret is not None and secret != live[0]:
+            live = [secret, *live] if overlap_seconds else [secret]
+            until_ms = max(until_ms or 0, now_ms + round(overlap_seconds * 1000)) if overlap_seconds else None
+        if len(live) > MOST_SECRETS:
+            raise ConflictError(f"{MOST_SECRETS} secrets are live already: wait for the end of their overlap")
+        settings = {name: value for name, value in settings.items() if name != "secret"}
+        return await self._keep(
+            settings | {"secrets": live, "overlap_until_ms": until_ms}, paused=registered.paused
+        )
+
+    async def _keep(self, settings: Settings, *, paused: bool) -> Registered:
+        """Read, keep, and put into effect."""
+        return await self._take_effect(self._read(settings, paused=paused))
+
+    async def _take_effect(self, registered: Registered) -> Registered:
+        endpoint, settings = registered.endpoint, registered.settings
+        kept = orjson.dumps(settings) if settings is not None else None
+        await self._outbox.keep_endpoint(
+            KeptEndpoint(id=endpoint.id, settings=kept, paused=registered.paused)
+        )
+        await self._lanes.keep(endpoint, paused=registered.paused)
+        self._registered[endpoint.id] = registered
+        self._change(self._subscriptions())
+        self._changed.set()
+        return registered
+
+    def _read(self, settings: Settings, *, paused: bool) -> Registered:
+        """Read settings as kept. Raises SettingsError."""
+        given = {name: value for name, value in settings.items() if value is not None}
+        until_ms = given.pop("overlap_until_ms", None)
+        live = given.get("secrets") or [given["secret"]]
+        try:
+            endpoint = read_api_endpoint(given, self._defaults, self._policy)
+        except SettingsError as error:
+            # The caller knows of one secret only.
+            problems = [(re.sub(r"^#/secrets(/0)?$", "#/secret", at), text) for at, text in error.problems]
+            raise SettingsError(tuple(problems)) from None
+        kept = {name: value for name, value in given.items() if name not in {"secret", "secrets"}}
+        return Registered(
+            endpoint=endpoint,
+            paused=paused,
+            settings=kept | {"secrets": live, "overlap_until_ms": until_ms},
+            overlap_until_ms=until_ms,
+        )
+
+    def _own(self, id_: str) -> Registered:
+        """Return an endpoint of the API, which may be changed. Raises also ConflictError."""
+        registered = self.get(id_)
+        if registered.settings is None:
+            raise ConflictError(f"endpoint {id_} is the config's: change it there, then reload")
+        return registered
+
+    def _of_url(self, url: object) -> Registered | None:
+        if not isinstance(url, str):
+            return None
+        wanted = compared(url)
+        return next((each for each in self.all() if compared(each.endpoint.url) == wanted), None)
+
+    def _subscriptions(self) -> Subscriptions:
+        return Subscriptions(each.endpoint for each in self._registered.values())
+
+
+def refuse_internal(values: Settings) -> None:
+    """Refuse what is kept with the settings and is nobody's to set. Raises SettingsError."""
+    problems = [(f"#/{name}", "unknown key") for name in ("secrets", "overlap_until_ms") if name in values]
+    if problems:
+        raise SettingsError(tuple(problems))
+
+
+def new_secret() -> str:
+    """Make a signing secret (Standard Webhooks: 24 to 64 random bytes behind `whsec_`)."""
+    return "whsec_" + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
+
+
+def compared(url: str) -> str:
+    """Write a URL as URLs are compared: scheme and host lower-cased, `:443` dropped (contract section 4)."""
+    try:
+        parts = urlsplit(url)
+        port = f":{parts.port}" if parts.port not in {None, 443} else ""
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    except ValueError:
+        return url
+    return parts._replace(
+        scheme=parts.scheme.lower(), netloc=f"{host}{port}", path=parts.path or "/"
+    ).geturl()
