@@ -5,7 +5,8 @@ An application posts an event on localhost.
     api/          takes it over HTTP: who may talk to us, is it JSON, what is the answer
     canonical.py  gives its data the bytes that JavaScript would write
     ingest.py     makes it an event, with one delivery for each endpoint that wants it
-    subscription.py  knows which endpoints those are
+    catalogue.py  knows the types of events, their samples and schemas
+    subscription.py  knows which endpoints want a type
     outbox/       keeps both on disk before the 202, and everything that follows
     delivery.py   a lane for each endpoint takes what is due
     formats.py    the body it is sent with
@@ -20,6 +21,8 @@ Around that:
     __main__.py, cli/  the command line, the only place that prints
     serve.py      builds and joins all of these; starts downwards, stops upwards
     config/       a TOML file in, frozen objects out
+    endpoints.py  the endpoints there are, and how those of the API change
+    rehearsal.py  a sample sent now and kept nowhere: the test event
     clock.py      what time it is, and waiting for a time
     logs.py       the relay's own log
     model.py      the words: event, endpoint, delivery, attempt, outcome, verdict

@@ -6,7 +6,6 @@ One change at a time; what it would break is said before anything is written.
 """
 
 import asyncio
-import base64
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from relay.clock import Clock
 from relay.config import DeliverySettings, SettingsError, read_api_endpoint
 from relay.model import Endpoint
 from relay.outbox import KeptEndpoint, Outbox
+from relay.signing import secret_of
 from relay.subscription import Subscriptions
 
 SECRET_BYTES = 32
@@ -134,7 +134,11 @@ class Endpoints:
             if id_ in self._registered:
                 self._own(id_)
                 raise ConflictError(f"endpoint {id_} is there with another URL: change it with PATCH")
-            secret = new_secret() if values.get("secret") is None else values["secret"]
+            secret = (
+                secret_of(secrets.token_bytes(SECRET_BYTES))
+                if values.get("secret") is None
+                else values["secret"]
+            )
             return await self._keep({**values, "id": id_, "secret": secret}, paused=False), secret
 
     async def patch(self, id_: str, values: Settings) -> Registered:
@@ -169,7 +173,7 @@ class Endpoints:
     async def rotate(self, id_: str, overlap_seconds: float) -> tuple[Registered, str]:
         """Give an endpoint a new secret; the older one goes on signing beside it for the overlap."""
         async with self._one_at_a_time:
-            secret = new_secret()
+            secret = secret_of(secrets.token_bytes(SECRET_BYTES))
             return await self._update(self._own(id_), {"secret": secret}, overlap_seconds), secret
 
     async def end_overlaps(self) -> None:
@@ -262,11 +266,6 @@ def refuse_internal(values: Settings) -> None:
     problems = [(f"#/{name}", "unknown key") for name in ("secrets", "overlap_until_ms") if name in values]
     if problems:
         raise SettingsError(tuple(problems))
-
-
-def new_secret() -> str:
-    """Make a signing secret (Standard Webhooks: 24 to 64 random bytes behind `whsec_`)."""
-    return "whsec_" + base64.b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
 
 
 def compared(url: str) -> str:

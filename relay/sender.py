@@ -298,25 +298,20 @@ def _headers(prepared: _Prepared, message: Message) -> CIMultiDict[str]:
 async def _excerpt(response: aiohttp.ClientResponse) -> bytes:
     """Return the beginning of the body, as far as it comes; what is longer or slower is cut off."""
     content = response.content
-    try:
-        if content.is_eof():
-            return content.read_nowait(_BODY_KEPT)
-        return await _beginning(content)
-    finally:
-        if response.connection is not None:  # not back in the pool, so something is unread or unsent
-            response.close()
-
-
-async def _beginning(content: aiohttp.StreamReader) -> bytes:
     kept = b""
     taken = 0
     try:
+        if content.is_eof():
+            return content.read_nowait(_BODY_KEPT)
         async with asyncio.timeout(_BODY_SECONDS):
             while taken < _BODY_READ and (chunk := await content.read(_BODY_READ - taken)):
                 taken += len(chunk)
                 kept += chunk[: _BODY_KEPT - len(kept)]
     except (aiohttp.ClientError, OSError):
         pass  # the head has decided
+    finally:
+        if response.connection is not None:  # not back in the pool, so something is unread or unsent
+            response.close()
     return kept
 
 

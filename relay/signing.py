@@ -61,6 +61,11 @@ def standard_key(secret: Secret) -> bytes:
     return key
 
 
+def secret_of(random: bytes) -> str:
+    """Write 24 to 64 random bytes as a signing secret (Standard Webhooks 1.0.0, "Signature scheme")."""
+    return "whsec_" + base64.b64encode(random).decode()
+
+
 Scheme = Callable[[Sequence[Secret]], Signer]
 
 SCHEMES: dict[str, Scheme] = {

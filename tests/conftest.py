@@ -1,6 +1,7 @@
 """What every test gets: an outbox of each kind, and a loop that loses no task's error."""
 
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -39,3 +40,13 @@ async def outbox(
     async with open_store() as opened:
         await opened.register(["main", "other"])
         yield opened
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Fail what skips where everything that tests may want has been installed."""
+    report = yield
+    if report.skipped and os.environ.get("RELAY_TESTS_SKIP_NOTHING"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} skipped where nothing may: {report.longrepr}"
+    return report

@@ -24,5 +24,5 @@ def make_app(
 def make_ops_app(state: State) -> web.Application:
     """Return health alone, for a second address: a kubelet's probe knows no Host of ours and no token."""
     app = web.Application()
-    app.add_routes(Operations(state).routes())
+    app.add_routes(Operations(state).health())
     return app

@@ -11,7 +11,7 @@ from relay.api.selection import read_query
 from relay.api.state import State
 from relay.ingest import Draft, InvalidError, idempotency_key, iso, traceparent
 from relay.model import Attempt, Receipt
-from relay.outbox import ConflictError, DeliveryStory, Ended, FullError, Story
+from relay.outbox import ConflictError, DeliveryStory, Ended, Story
 
 LARGEST_BATCH = 16 << 20
 MOST_IN_BATCH = 1000
@@ -80,7 +80,8 @@ class Events:
         if not values.keys() <= {"endpoint"}:
             raise invalid([("#", "must be an object with at most the member endpoint")])
         endpoint = values.get("endpoint")
-        if endpoint is not None and endpoint not in self._state.ingest.subscriptions.endpoints:
+        known = self._state.ingest.subscriptions.endpoints
+        if endpoint is not None and not (isinstance(endpoint, str) and endpoint in known):
             raise invalid([("#/endpoint", "is not the id of an endpoint")])
         outbox = self._state.outbox
         if await outbox.story(id_) is None:
@@ -115,8 +116,6 @@ class Events:
         except ConflictError as error:
             detail = "this idempotency key was used before for other content"
             raise invalid([(drafts[index].pointer, detail) for index in error.indexes]) from None
-        except FullError as error:
-            raise unavailable(str(error)) from None
 
     def _refuse_large(self, values: list[canonical.JSON], prefix: str) -> None:
         limit = self._state.max_event_size

@@ -12,8 +12,10 @@ from collections.abc import Collection, Sequence
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from relay.api.answers import unavailable
 from relay.api.problems import Problem, of_framework
 from relay.model import Secret
+from relay.outbox import FullError
 
 log = logging.getLogger("relay.api")
 
@@ -35,6 +37,8 @@ def guard(*, hosts: Collection[str] | None, tokens: Sequence[Secret]) -> Middlew
             return problem.response()
         except web.HTTPException as error:
             return of_framework(error).response()
+        except FullError as error:
+            return unavailable(str(error)).response()
         except Exception:
             log.exception("request_failed", extra={"method": request.method, "path": request.path})
             return Problem(500, "the relay failed on this request; its log says how").response()

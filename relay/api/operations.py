@@ -1,4 +1,6 @@
-"""Health for machines: `/livez` (the process answers) and `/readyz` (it can keep events)."""
+"""What machines ask: `/livez` (the process answers), `/readyz` (it can keep events), `/openapi.json`."""
+
+from importlib import resources
 
 from aiohttp import web
 
@@ -11,8 +13,13 @@ class Operations:
 
     def __init__(self, state: State) -> None:
         self._state = state
+        self._description = resources.files("relay.api").joinpath("openapi.json").read_bytes()
 
     def routes(self) -> list[web.RouteDef]:
+        return [*self.health(), web.get("/openapi.json", self.describe)]
+
+    def health(self) -> list[web.RouteDef]:
+        """Return what a second address serves, too."""
         return [web.get("/livez", self.live), web.get("/readyz", self.ready)]
 
     async def live(self, _request: web.Request) -> web.Response:
@@ -21,5 +28,10 @@ class Operations:
     async def ready(self, _request: web.Request) -> web.Response:
         why_not = self._state.unready or self._state.outbox.trouble()
         if why_not is not None:
-            raise Problem(503, why_not)
+            # Answered, not raised: at the second address no guard turns a problem into an answer.
+            return Problem(503, why_not).response()
         return web.Response(text="ok\n")
+
+    async def describe(self, _request: web.Request) -> web.Response:
+        """Answer with the OpenAPI document, which is written by hand beside this file."""
+        return web.Response(body=self._description, content_type="application/json")

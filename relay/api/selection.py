@@ -1,12 +1,16 @@
-"""Which events are meant: the filters of a list and of a replay in, what the outbox understands out."""
+"""Which events are meant: the filters of a list and of a replay in, what the outbox understands out.
+
+Every mistake is told at once, with its place.
+"""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from relay.api.answers import Mistake, invalid
-from relay.ingest import RFC3339
+from relay.ingest import RFC3339, escaped
 from relay.model import State
 from relay.outbox import Ended, Query
 
@@ -14,20 +18,27 @@ DEFAULT_LIMIT = 50
 LARGEST_LIMIT = 200
 STATES = {state.value: state for state in State}
 ENDED = {state: STATES[state] for state in ("delivered", "dead", "cancelled")}
-FILTERS = ("event", "endpoint", "state", "since", "until")
+QUERY = ("event", "endpoint", "state", "since", "until", "limit", "cursor")
+REPLAY = ("state", "since", "until", "event", "rate", "dry_run")
+RATE = re.compile(r"([1-9][0-9]{0,5})/([sm])")
 
 
 class WrongError(ValueError):
     """What is wrong with one value."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """What is to be sent again, and how fast."""
+
+    ended: Ended
+    spacing_ms: float  # from one delivery to the next
+    dry_run: bool
+
+
 def read_query(given: Mapping[str, str]) -> Query:
-    """Read the query of a list. Raises 422 with all its mistakes."""
-    mistakes: list[Mistake] = [
-        (f"#{name}", f"is not a filter; there are {', '.join((*FILTERS, 'limit', 'cursor'))}")
-        for name in given
-        if name not in {*FILTERS, "limit", "cursor"}
-    ]
+    """Read the query of a list. Raises 422."""
+    mistakes = unknown(given, QUERY, "#")
     read = _reader(given, "#", mistakes)
     query = Query(
         limit=read("limit", _limit) or DEFAULT_LIMIT,
@@ -43,9 +54,9 @@ def read_query(given: Mapping[str, str]) -> Query:
     return query
 
 
-def read_selection(given: Mapping[str, Any], *, endpoint: str) -> Ended:
+def read_replay(given: Mapping[str, Any], *, endpoint: str) -> Replay:
     """Read which deliveries of an endpoint are to be replayed; the dead ones unless told otherwise."""
-    mistakes: list[Mistake] = []
+    mistakes = unknown(given, REPLAY)
     read = _reader(given, "#/", mistakes)
     ended = Ended(
         endpoint=endpoint,
@@ -54,14 +65,21 @@ def read_selection(given: Mapping[str, Any], *, endpoint: str) -> Ended:
         since_ms=read("since", _time),
         until_ms=read("until", _time),
     )
+    replay = Replay(ended=ended, spacing_ms=read("rate", _spacing) or 0.0, dry_run=bool(read("dry_run", _switch)))
     if mistakes:
         raise invalid(mistakes)
-    return ended
+    return replay
+
+
+def unknown(given: Mapping[str, Any], known: Iterable[str], prefix: str = "#/") -> list[Mistake]:
+    """Return a mistake for every member that there is not."""
+    text = f"is unknown; known are {', '.join(known)}"
+    return [(f"{prefix}{escaped(name)}", text) for name in given if name not in known]
 
 
 def _reader(given: Mapping[str, Any], prefix: str, mistakes: list[Mistake]) -> Any:
     def read(name: str, parse: Callable[[Any], Any]) -> Any:
-        if name not in given:
+        if given.get(name) is None:  # in JSON null stands for what was left out
             return None
         try:
             return parse(given[name])
@@ -88,6 +106,19 @@ def _text(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise WrongError("must be text")
     return value
+
+
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise WrongError("must be true or false")
+    return value
+
+
+def _spacing(value: object) -> float:
+    match = RATE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise WrongError('must be a rate such as "50/s" or "1000/m"')
+    return (1000 if match[2] == "s" else 60_000) / int(match[1])
 
 
 def _one_of(states: Mapping[str, State]) -> Callable[[object], State]:

@@ -54,6 +54,8 @@ class Webhooks:
 
     async def put(self, request: web.Request) -> web.Response:
         values = await bodies.members(request, LARGEST_SETTINGS)
+        if not isinstance(values.get("id", ""), str):
+            raise invalid([("#/id", "must be text")])
         try:
             registered, secret = await self._state.endpoints.put(values)
         except (SettingsError, ConflictError) as error:

@@ -1,0 +1,77 @@
+"""`relay listen`: a receiver to develop against; each request becomes one line.
+
+With a script of answers it fails on purpose, to show what the relay makes of it.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterable
+from pathlib import Path
+
+from relay.cli.exits import CommandError, Exit
+from relay.cli.receiver import Arrival, Receiver
+from relay.cli.verification import standard_key
+
+
+def listen(arguments: Namespace) -> int:
+    secret = read_secret(arguments.secret_file)
+    if secret is None:
+        say("no --secret-file and no RELAY_SECRET: signatures are not verified")
+    asyncio.run(receive(arguments, secret))
+    return Exit.DONE
+
+
+async def receive(arguments: Namespace, secret: str | None) -> None:
+    """Print each request, until `--count` have come or somebody interrupts."""
+    script: Iterable[int] = iter(arguments.answer)
+    receiver = Receiver(secret=secret, answer=lambda _event: next(iter(script), 200))
+    async with receiver.listening(arguments.port) as url:
+        say(f"listening on {url}")
+        printed = 0
+        while printed != arguments.count:
+            arrival = await receiver.arrivals.get()
+            print(arrival.as_json if arguments.json else line(arrival), flush=True)
+            printed += 1
+
+
+def line(arrival: Arrival) -> str:
+    signatures = ", ".join(f"{scheme} {worth}" for scheme, worth in arrival.signatures.items())
+    return "  ".join(
+        [
+            arrival.at,
+            shown(arrival.event),
+            shown(arrival.id),
+            f"attempt {arrival.attempt or '-'}",
+            signatures or "not verified",
+            f"answered {arrival.answered}",
+        ]
+    )
+
+
+def shown(text: str | None) -> str:
+    """Show foreign text so that it can neither end the line nor steer the terminal."""
+    if text is None:
+        return "-"
+    return text if text.isascii() and text.isprintable() else json.dumps(text)
+
+
+def read_secret(file: str | None) -> str | None:
+    """Read the secret from the file, else from the environment. Raises CommandError."""
+    try:
+        text = Path(file).read_text() if file is not None else os.environ.get("RELAY_SECRET", "")
+        secret = text.strip()
+        standard_key(secret)
+    except OSError as error:
+        raise CommandError(f"the secret file {file} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # also of a file that is no text
+        raise CommandError(f"the secret cannot be used: {error}") from None
+    if file is not None and not secret:
+        raise CommandError(f"the secret file {file} is empty")
+    return secret or None
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,176 @@
+"""What is written about the relay is true: the README's commands run, and nothing that exists is left out."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import relay
+from relay.cli import COMMANDS
+from relay.config import load
+from tests.process import free_port
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block(marker: str, language: str) -> list[str]:
+    """Return the fenced blocks that follow a marker."""
+    return re.findall(rf"<!-- {marker} -->\n```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_map_names_every_file():
+    modules = {each.stem if each.is_file() else each.name for each in (ROOT / "relay").iterdir()}
+    for name in modules - {"__init__", "__pycache__"}:
+        assert re.search(rf"\b{name}(\.py|/)", relay.__doc__), f"the map does not name {name}"
+
+
+def test_the_top_level_is_what_it_has_to_be():
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
+    ).stdout.split()
+    top = {path.split("/")[0] for path in listed if not path.startswith(".")}
+    assert top == {"pyproject.toml", "relay", "tests", "config.example.toml", "Dockerfile", "README.md"}
+
+
+def test_no_file_of_ours_grew_beyond_reading():
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "relay").rglob("*.py")}
+    assert {path.name: length for path, length in lengths.items() if length > 400} == {}
+
+
+def test_the_readme_names_every_command_and_every_log_event():
+    for command in COMMANDS:
+        assert f"`relay {command.name}" in README
+    events = set()
+    for path in (ROOT / "relay").rglob("*.py"):
+        events |= set(
+            re.findall(
+                r"log\.(?:debug|info|warning|error|critical|exception)\(\s*\"(\w+)\"", path.read_text()
+            )
+        )
+    assert len(events) > 10
+    for event in events:
+        assert f"`{event}`" in README, f"the README does not name the log event {event}"
+
+
+def test_the_example_config_loads_as_it_is():
+    config = load(ROOT / "config.example.toml", {})
+    assert set(config.events) == {
+        "post.published",
+        "post.failed",
+        "post.scheduled",
+        "account.disconnected",
+        "account.connected",
+    }
+    assert all(each.sample for each in config.events.values())
+
+
+def test_ci_runs_what_people_run():
+    """Nothing hidden: CI calls the README's own test command."""
+    assert block("the test command", "sh") == [
+        "python3 -m venv .venv && .venv/bin/pip install --quiet --editable '.[dev]' "
+        "&& .venv/bin/python -m tests\n"
+    ]
+    assert "the test command" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_quickstart_works_as_written(tmp_path):
+    """Secret, config, receiver, relay, curl: to the letter, but for the ports, which others may use here."""
+    if shutil.which("curl") is None:
+        pytest.skip("wants curl")
+    setup, post = block("quickstart", "sh")
+    listen, serve = str(free_port()), str(free_port())
+    script = f"{setup}\n{post}\nsleep 2\n".replace("8900", listen).replace("8484", serve)
+    script = script.replace('PATH="$PWD/.venv/bin:$PATH"', f'PATH="{Path(sys.executable).parent}:$PATH"')
+    environment = os.environ | {"RELAY_SERVER__LISTEN": f"127.0.0.1:{serve}", "PYTHONUNBUFFERED": "1"}
+    shell = subprocess.Popen(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        shell.wait(30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGTERM)
+        out, _ = shell.communicate(timeout=15)
+    receipt = json.loads(re.search(r'\{"id":.*?\}', out)[0])
+    assert receipt["endpoints"] == ["main"]
+    arrived = (
+        f"post.published  {receipt['id']}  attempt 1  standard verified, socialsyncer verified  answered 200"
+    )
+    assert arrived in out
+
+
+SECRET = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
+
+
+def signed(body: bytes) -> dict[str, str]:
+    from relay.model import Message, Secret
+    from relay.signing import SCHEMES
+
+    message = Message(
+        id="evt_1", type="a.b", body=body, content_type="application/json", attempt=1, timestamp=1_700_000_000
+    )
+    headers = {"webhook-id": message.id, "webhook-timestamp": str(message.timestamp)}
+    for scheme in SCHEMES.values():
+        headers |= dict(scheme([Secret(SECRET)])(message))
+    return headers
+
+
+def test_the_readmes_python_verifies_and_refuses():
+    (code,) = block("verify in python", "python")
+    names: dict[str, object] = {}
+    exec(code, names)  # noqa: S102 - the README's own lines
+    for verify in (names["verify_standard"], names["verify_hex"]):
+        assert verify(SECRET, signed(b'{"a":1}'), b'{"a":1}')
+        assert not verify(SECRET, signed(b'{"a":1}'), b'{"a":2}')
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="wants Node")
+def test_the_readmes_node_verifies_and_refuses():
+    (code,) = block("verify in node", "js")
+    headers = {name.lower(): value for name, value in signed(b'{"a":1}').items()}
+    checks = f"""
+{code}
+const headers = {json.dumps(headers)};
+const secret = {json.dumps(SECRET)};
+const results = [verifyStandard, verifyHex].flatMap((verify) =>
+  [Buffer.from('{{"a":1}}'), Buffer.from('{{"a":2}}')].map((body) => verify(secret, headers, body)));
+console.log(JSON.stringify(results));
+"""
+    told = subprocess.run(["node", "-e", checks], capture_output=True, text=True, check=True, timeout=20)
+    assert json.loads(told.stdout) == [True, False, True, False]
+
+
+def test_the_dockerfile_is_clean_and_gives_nothing_away():
+    linted = subprocess.run(
+        [Path(sys.executable).parent / "hadolint", "Dockerfile"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (linted.returncode, linted.stdout) == (0, "")
+    text = (ROOT / "Dockerfile").read_text()
+    for line in (
+        "FROM python:3.13-slim",
+        "USER 10001:10001",
+        "VOLUME /var/lib/relay",
+        "STOPSIGNAL SIGTERM",
+        'ENTRYPOINT ["relay"]',
+        'CMD ["serve", "--config", "/etc/relay/relay.toml"]',
+    ):
+        assert line in text
+    assert re.search(r'HEALTHCHECK .*CMD \["relay", "healthcheck"\]', text)
+
+
+def test_the_core_dependencies_are_the_four():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[a-z-]+", each)[0] for each in project["dependencies"]}
+    assert names == {"aiohttp", "aiosqlite", "orjson", "prometheus-client"}
