@@ -124,14 +124,16 @@ class Endpoints:
         """
         async with self._one_at_a_time:
             refuse_internal(values)
+            id_ = values.get("id")
             same = self._of_url(values.get("url"))
             if same is not None:
-                id_ = self._own(same.endpoint.id).endpoint.id
-                if values.get("id", id_) != id_:
-                    raise ConflictError(f"endpoint {id_} has this URL: leave id out, or use {id_}")
-                return await self._update(same, values), None
-            id_ = values.get("id", f"ep_{secrets.token_hex(8)}")
-            if id_ in self._registered:
+                own = self._own(same.endpoint.id).endpoint.id
+                if id_ is not None and id_ != own:
+                    raise ConflictError(f"endpoint {own} has this URL: leave id out, or use {own}")
+                return await self._update(same, {**values, "id": own}), None
+            if id_ is None:
+                id_ = f"ep_{secrets.token_hex(8)}"
+            elif isinstance(id_, str) and id_ in self._registered:
                 self._own(id_)
                 raise ConflictError(f"endpoint {id_} is there with another URL: change it with PATCH")
             secret = (

@@ -65,7 +65,9 @@ def read_replay(given: Mapping[str, Any], *, endpoint: str) -> Replay:
         since_ms=read("since", _time),
         until_ms=read("until", _time),
     )
-    replay = Replay(ended=ended, spacing_ms=read("rate", _spacing) or 0.0, dry_run=bool(read("dry_run", _switch)))
+    replay = Replay(
+        ended=ended, spacing_ms=read("rate", _spacing) or 0.0, dry_run=bool(read("dry_run", _switch))
+    )
     if mistakes:
         raise invalid(mistakes)
     return replay

@@ -1,28 +1,34 @@
 """`/v1/webhooks`: endpoints as the API shows and changes them, and test events (contract section 4)."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from relay.api import bodies
-from relay.api.answers import answer, invalid, page
+from relay.api.answers import Mistake, answer, invalid, page, unavailable
 from relay.api.problems import Problem
-from relay.api.selection import read_selection
+from relay.api.selection import read_replay, unknown
 from relay.api.state import State
 from relay.config import SettingsError, WrongValueError, parse_duration
-from relay.endpoints import DEFAULT_OVERLAP_SECONDS, ConflictError, Registered, UnknownEndpointError
+from relay.endpoints import (
+    DEFAULT_OVERLAP_SECONDS,
+    ConflictError,
+    Endpoints,
+    Registered,
+    UnknownEndpointError,
+)
 from relay.ingest import iso
-from relay.model import Outcome
+from relay.model import Endpoint, Outcome
 from relay.outbox import Backlog, Past
 from relay.rehearsal import rehearse
 
 LARGEST_SETTINGS = 64 << 10
 LONGEST_OVERLAP_SECONDS = 30 * 24 * 3600.0
 MASK = "***"
-RATE = re.compile(r"([1-9][0-9]{0,5})/([sm])")
+NO_ENDPOINT = Problem(404, "there is no endpoint of this id")
 
 
 class Webhooks:
@@ -46,105 +52,119 @@ class Webhooks:
             web.post("/v1/webhooks/test", self.test),
         ]
 
-    async def listing(self, request: web.Request) -> web.Response:
-        return answer(page([await self._shown(each) for each in self._state.endpoints.all()], None))
+    async def listing(self, _request: web.Request) -> web.Response:
+        return answer(page(await self._shown(*self._state.endpoints.all()), None))
 
     async def show(self, request: web.Request) -> web.Response:
-        return answer(await self._shown(self._named(request)))
+        return answer(*await self._shown(self._named(request)))
 
     async def put(self, request: web.Request) -> web.Response:
         values = await bodies.members(request, LARGEST_SETTINGS)
-        if not isinstance(values.get("id", ""), str):
-            raise invalid([("#/id", "must be text")])
-        try:
-            registered, secret = await self._state.endpoints.put(values)
-        except (SettingsError, ConflictError) as error:
-            raise refused(error) from None
-        shown = await self._shown(registered)
-        return answer(shown | {"secret": secret}, status=201) if secret is not None else answer(shown)
+        with self._change() as endpoints:
+            registered, secret = await endpoints.put(values)
+        (settings,) = await self._shown(registered)
+        return answer(settings) if secret is None else answer(settings | {"secret": secret}, status=201)
 
     async def patch(self, request: web.Request) -> web.Response:
         id_ = self._named(request).endpoint.id
         values = await bodies.members(request, LARGEST_SETTINGS)
-        try:
-            return answer(await self._shown(await self._state.endpoints.patch(id_, values)))
-        except (SettingsError, ConflictError) as error:
-            raise refused(error) from None
+        with self._change() as endpoints:
+            registered = await endpoints.patch(id_, values)
+        return answer(*await self._shown(registered))
 
     async def remove(self, request: web.Request) -> web.Response:
-        try:
-            cancelled = await self._state.endpoints.remove(self._named(request).endpoint.id)
-        except ConflictError as error:
-            raise refused(error) from None
-        return answer({"cancelled": cancelled})
+        with self._change() as endpoints:
+            return answer({"cancelled": await endpoints.remove(request.match_info["id"])})
 
     async def pause(self, request: web.Request) -> web.Response:
-        registered = await self._state.endpoints.pause(self._named(request).endpoint.id, paused=True)
-        return answer(await self._shown(registered))
+        return await self._pause(request, paused=True)
 
     async def resume(self, request: web.Request) -> web.Response:
-        registered = await self._state.endpoints.pause(self._named(request).endpoint.id, paused=False)
-        return answer(await self._shown(registered))
+        return await self._pause(request, paused=False)
+
+    async def _pause(self, request: web.Request, *, paused: bool) -> web.Response:
+        with self._change() as endpoints:
+            registered = await endpoints.pause(request.match_info["id"], paused=paused)
+        return answer(*await self._shown(registered))
 
     async def rotate(self, request: web.Request) -> web.Response:
         id_ = self._named(request).endpoint.id
         values = await bodies.members(request, LARGEST_SETTINGS, optional=True)
-        refuse_unknown(values, "overlap")
+        refuse(unknown(values, ("overlap",)))
         overlap_seconds = _overlap(values.get("overlap"))
-        try:
-            registered, secret = await self._state.endpoints.rotate(id_, overlap_seconds)
-        except ConflictError as error:
-            raise refused(error) from None
-        until_ms = registered.overlap_until_ms
-        return answer(
-            {"id": id_, "secret": secret, "overlap_until": iso(until_ms) if until_ms is not None else None}
-        )
+        with self._change() as endpoints:
+            registered, secret = await endpoints.rotate(id_, overlap_seconds)
+        return answer({"id": id_, "secret": secret, "overlap_until": _at(registered.overlap_until_ms)})
 
     async def replay(self, request: web.Request) -> web.Response:
         id_ = self._named(request).endpoint.id
         values = await bodies.members(request, LARGEST_SETTINGS, optional=True)
-        refuse_unknown(values, "state", "since", "until", "event", "rate", "dry_run")
-        ended = read_selection(values, endpoint=id_)
-        spacing_ms = _spacing(values.get("rate"))
-        dry_run = values.get("dry_run", False)
-        if not isinstance(dry_run, bool):
-            raise invalid([("#/dry_run", "must be true or false")])
-        if dry_run:
-            return answer({"count": await self._state.outbox.count(ended), "dry_run": True})
-        now_ms = self._state.clock.now_ms()
-        count = await self._state.outbox.revive(ended, now_ms, spacing_ms)
-        self._state.wake([id_])
-        return answer({"count": count, "dry_run": False})
+        asked = read_replay(values, endpoint=id_)
+        outbox = self._state.outbox
+        if asked.dry_run:
+            count = await outbox.count(asked.ended)
+        else:
+            count = await outbox.revive(asked.ended, self._state.clock.now_ms(), asked.spacing_ms)
+            self._state.wake([id_])
+        return answer({"count": count, "dry_run": asked.dry_run})
 
     async def test(self, request: web.Request) -> web.Response:
         values = await bodies.members(request, LARGEST_SETTINGS)
-        refuse_unknown(values, "event", "endpoint")
+        refuse(unknown(values, ("event", "endpoint")))
         type_ = values.get("event")
         known = self._state.catalogue.types.get(type_) if isinstance(type_, str) else None
         if known is None:
-            raise invalid([("#/event", "must be a type of the catalogue")])
-        wanting = self._state.ingest.subscriptions.wanting(known.type)
-        if (id_ := values.get("endpoint")) is not None:
-            wanting = tuple(each for each in wanting if each.id == id_)
-        if not wanting:
-            raise invalid([("#/endpoint" if id_ is not None else "#/event", "nobody is subscribed to it")])
+            wrong = self._state.catalogue.wrong_type(type_) if isinstance(type_, str) else None
+            raise invalid([("#/event", wrong or "must be a type of the catalogue in the config")])
+        if known.sample is None:
+            raise invalid([("#/event", "has no sample in the catalogue: add one to the config")])
+        wanting = self._wanting(known.type, values.get("endpoint"))
         rehearsed = await rehearse(
             known.type, known.sample, wanting, sender=self._state.sender, clock=self._state.clock
         )
         return answer({"data": [{"endpoint": each.endpoint, **_met(each.outcome)} for each in rehearsed]})
 
-    def _named(self, request: web.Request) -> Registered:
-        id_ = request.match_info["id"]
-        try:
-            return self._state.endpoints.get(id_)
-        except UnknownEndpointError:
-            raise Problem(404, "there is no endpoint of this id") from None
+    def _wanting(self, type_: str, id_: object) -> tuple[Endpoint, ...]:
+        """Return who is subscribed to a type, or of them the one that was asked for. Raises 422."""
+        subscriptions = self._state.ingest.subscriptions
+        wanting = subscriptions.wanting(type_)
+        if id_ is None:
+            refuse([] if wanting else [("#/event", "nobody is subscribed to it")])
+            return wanting
+        if not isinstance(id_, str) or id_ not in subscriptions.endpoints:
+            raise invalid([("#/endpoint", "is not the id of an endpoint")])
+        wanting = tuple(each for each in wanting if each.id == id_)
+        refuse([] if wanting else [("#/endpoint", f"is not subscribed to {type_}")])
+        return wanting
 
-    async def _shown(self, registered: Registered) -> dict[str, object]:
-        id_ = registered.endpoint.id
-        backlog = (await self._state.outbox.backlog()).get(id_)
-        past = (await self._state.outbox.pasts()).get(id_)
-        return shown(registered, backlog, past, self._state.clock.now_ms())
+    def _named(self, request: web.Request) -> Registered:
+        try:
+            return self._state.endpoints.get(request.match_info["id"])
+        except UnknownEndpointError:
+            raise NO_ENDPOINT from None
+
+    @contextmanager
+    def _change(self) -> Iterator[Endpoints]:
+        """Hand out the register for one change; what it refuses becomes an answer."""
+        if self._state.refusing is not None:
+            raise unavailable(self._state.refusing)
+        try:
+            yield self._state.endpoints
+        except SettingsError as error:
+            raise invalid(error.problems) from None
+        except ConflictError as error:
+            raise Problem(409, str(error)) from None
+        except UnknownEndpointError:  # removed while the request was on its way
+            raise NO_ENDPOINT from None
+
+    async def _shown(self, *registered: Registered) -> list[dict[str, object]]:
+        backlogs = await self._state.outbox.backlog()
+        pasts = await self._state.outbox.pasts()
+        now_ms = self._state.clock.now_ms()
+        return [
+            shown(each, backlogs.get(each.endpoint.id), pasts.get(each.endpoint.id), now_ms)
+            for each in registered
+        ]
 
 
 def shown(
@@ -176,10 +196,11 @@ def shown(
 
 
 def masked(url: str) -> str:
-    """Keep the names of a URL's query and hide the values, which often are tokens."""
+    """Keep the names of a URL's query and hide the values, which often are tokens, as a lone name may be."""
     parts = urlsplit(url)
-    names = [(name, MASK) for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
-    return parts._replace(query=urlencode(names, safe="*")).geturl()
+    members = [member.partition("=") for member in parts.query.split("&") if member]
+    query = "&".join(f"{name}={MASK}" if equals else MASK for name, equals, _ in members)
+    return parts._replace(query=query).geturl()
 
 
 def duration(seconds: float) -> str:
@@ -192,16 +213,10 @@ def duration(seconds: float) -> str:
     return text or "0s"
 
 
-def refused(error: SettingsError | ConflictError) -> Problem:
-    return invalid(error.problems) if isinstance(error, SettingsError) else Problem(409, str(error))
-
-
-def refuse_unknown(values: Mapping[str, Any], *known: str) -> None:
-    unknown = [
-        (f"#/{name}", f"unknown member; known are {', '.join(known)}") for name in values if name not in known
-    ]
-    if unknown:
-        raise invalid(unknown)
+def refuse(mistakes: list[Mistake]) -> None:
+    """Raise 422 if there are any."""
+    if mistakes:
+        raise invalid(mistakes)
 
 
 def _overlap(value: object) -> float:
@@ -214,16 +229,6 @@ def _overlap(value: object) -> float:
     if not 0 <= seconds <= LONGEST_OVERLAP_SECONDS:
         raise invalid([("#/overlap", 'must be a duration such as "24h", 30 days at most')])
     return seconds
-
-
-def _spacing(rate: object) -> float:
-    """Return the milliseconds from one replayed delivery to the next."""
-    if rate is None:
-        return 0.0
-    match = RATE.fullmatch(rate) if isinstance(rate, str) else None
-    if match is None:
-        raise invalid([("#/rate", 'must be a rate such as "50/s" or "1000/m"')])
-    return (1000 if match[2] == "s" else 60_000) / int(match[1])
 
 
 def _at(at_ms: int | None) -> str | None:

@@ -50,7 +50,7 @@ def function(command: Command) -> Callable[[Namespace], int]:
 
 
 class Parser(ArgumentParser):
-    """A parser whose help opens with a sentence and ends with examples, and whose mistakes are one sentence."""
+    """Help opens with a sentence and ends with examples; a mistake is told in one sentence."""
 
     def __init__(self, *, does: str, examples: Sequence[str], **settings: Any) -> None:
         super().__init__(

@@ -85,7 +85,7 @@ COMMANDS = (
             option(
                 "--secret-file",
                 metavar="PATH",
-                help="the file that holds the secret to verify with (default: the secret is in $RELAY_SECRET)",
+                help="the file with the secret to verify with (default: the secret is in $RELAY_SECRET)",
             ),
             option(
                 "--answer",

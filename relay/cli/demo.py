@@ -18,10 +18,11 @@ from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequenc
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from relay.cli.client import UnreachableError, call
 from relay.cli.exits import CommandError, Exit
+from relay.cli.output import show_json, show_table
 from relay.cli.receiver import Arrival, Receiver
 from relay.cli.secret import made
 
@@ -103,14 +104,23 @@ class Row:
 
 
 def demo(arguments: Namespace) -> int:
-    rows = uninterrupted(show())
-    print("\n".join(json.dumps(asdict(row)) for row in rows) if arguments.json else table(rows))
+    rows = run_to_its_end(show())
+    if arguments.json:
+        for row in rows:
+            show_json(asdict(row))
+    else:
+        show_table(("event", "id", "attempts", "signatures"), [in_words(row) for row in rows])
     missing = [row.event for row in rows if not row.verified]
     if missing:
         raise CommandError(
             f"{len(missing)} of {len(rows)} events did not arrive verified: {', '.join(missing)}"
         )
     return Exit.DONE
+
+
+def in_words(row: Row) -> dict[str, object]:
+    signatures = [f"{scheme} {worth}" for scheme, worth in row.signatures.items()]
+    return {**asdict(row), "signatures": signatures or "did not arrive"}
 
 
 async def show() -> list[Row]:
@@ -125,7 +135,9 @@ async def show() -> list[Row]:
         events = {await submit(url, event, data): event for event, data in EVENTS.items()}
         progress(f"{len(events)} events are kept; the receiver refuses {REFUSED_TWICE} twice")
         arrivals = await arrived(receiver, events)
-    return [row(event, id_, [each for each in arrivals if each.id == id_]) for id_, event in events.items()]
+    return [
+        summed(event, id_, [each for each in arrivals if each.id == id_]) for id_, event in events.items()
+    ]
 
 
 @asynccontextmanager
@@ -207,7 +219,7 @@ async def arrived(receiver: Receiver, ids: Mapping[str, str]) -> list[Arrival]:
     return arrivals
 
 
-def row(event: str, id_: str, arrivals: Sequence[Arrival]) -> Row:
+def summed(event: str, id_: str, arrivals: Sequence[Arrival]) -> Row:
     taken = [each for each in arrivals if each.answered == 200 and each.event == event]
     return Row(
         event=event,
@@ -220,27 +232,13 @@ def row(event: str, id_: str, arrivals: Sequence[Arrival]) -> Row:
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Lay the rows out in columns as wide as what is in them."""
-    lines = [("EVENT", "ID", "ATTEMPTS", "SIGNATURES")]
-    for each in rows:
-        signatures = ", ".join(f"{scheme} {worth}" for scheme, worth in each.signatures.items())
-        lines.append((each.event, each.id, str(each.attempts), signatures or "did not arrive"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
-def uninterrupted(showing: Coroutine[Any, Any, list[Row]]) -> list[Row]:
-    """Run it to its end; a signal cancels it, so that it cleans up, and is KeyboardInterrupt then."""
+def run_to_its_end(showing: Coroutine[Any, Any, list[Row]]) -> list[Row]:
+    """Run it; a signal cancels it, so that it cleans up after itself, and is KeyboardInterrupt then."""
 
     async def run() -> list[Row]:
-        task = asyncio.current_task()
-        assert task is not None
+        stop = cast("asyncio.Task[object]", asyncio.current_task()).cancel
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, stop)
         return await showing
 
     try:

@@ -4,14 +4,15 @@ With a script of answers it fails on purpose, to show what the relay makes of it
 """
 
 import asyncio
-import json
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from relay.cli.exits import CommandError, Exit
+from relay.cli.output import printable, show_json
 from relay.cli.receiver import Arrival, Receiver
 from relay.cli.verification import standard_key
 
@@ -33,7 +34,11 @@ async def receive(arguments: Namespace, secret: str | None) -> None:
         printed = 0
         while printed != arguments.count:
             arrival = await receiver.arrivals.get()
-            print(arrival.as_json if arguments.json else line(arrival), flush=True)
+            if arguments.json:
+                show_json(asdict(arrival))
+            else:
+                print(line(arrival))
+            sys.stdout.flush()  # whoever reads a pipe wants to see it now
             printed += 1
 
 
@@ -42,20 +47,13 @@ def line(arrival: Arrival) -> str:
     return "  ".join(
         [
             arrival.at,
-            shown(arrival.event),
-            shown(arrival.id),
-            f"attempt {arrival.attempt or '-'}",
+            printable(arrival.event),
+            printable(arrival.id),
+            f"attempt {printable(arrival.attempt)}",
             signatures or "not verified",
             f"answered {arrival.answered}",
         ]
     )
-
-
-def shown(text: str | None) -> str:
-    """Show foreign text so that it can neither end the line nor steer the terminal."""
-    if text is None:
-        return "-"
-    return text if text.isascii() and text.isprintable() else json.dumps(text)
 
 
 def read_secret(file: str | None) -> str | None:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from aiohttp import web
 
@@ -37,10 +37,6 @@ class Arrival:
     @property
     def verified(self) -> bool:
         return bool(self.signatures) and set(self.signatures.values()) == {Worth.VERIFIED}
-
-    @property
-    def as_json(self) -> str:
-        return json.dumps(asdict(self))
 
 
 class Receiver:

@@ -1,20 +1,22 @@
-"""`relay secret new`: a secret in the form of Standard Webhooks, that every scheme with a shared secret takes."""
+"""`relay secret new`: a secret in the form of Standard Webhooks, which all schemes but ed25519 take."""
 
-import base64
-import json
 import secrets
 from argparse import Namespace
 
 from relay.cli.exits import Exit
+from relay.cli.output import show_json
+from relay.signing import secret_of
 
-KEY_BYTES = 32  # of 24 to 64 (Standard Webhooks 1.0.0), as long as what SHA-256 gives
+RANDOM_BYTES = 32  # as many as SHA-256 gives
 
 
 def new(arguments: Namespace) -> int:
-    secret = made()
-    print(json.dumps({"secret": secret}) if arguments.json else secret)
+    if arguments.json:
+        show_json({"secret": made()})
+    else:
+        print(made())
     return Exit.DONE
 
 
 def made() -> str:
-    return f"whsec_{base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()}"
+    return secret_of(secrets.token_bytes(RANDOM_BYTES))

@@ -1,11 +1,11 @@
 """`relay serve` and `relay check`: the config is read, and served or judged."""
 
-import json
 import os
 import sys
 from argparse import Namespace
 
 from relay.cli.exits import Exit
+from relay.cli.output import show_json
 from relay.config import ConfigError, find, load
 
 
@@ -27,11 +27,11 @@ def check(arguments: Namespace) -> int:
         count = len(load(path, os.environ).endpoints)
     except ConfigError as error:
         if arguments.json:
-            print(json.dumps({"ok": False, "problems": error.problems}))
+            show_json({"ok": False, "problems": error.problems})
             return Exit.CONFIG
         return refused(error)
     if arguments.json:
-        print(json.dumps({"ok": True, "config": str(path), "endpoints": count, "problems": []}))
+        show_json({"ok": True, "config": str(path), "endpoints": count, "problems": []})
     else:
         print(f"{path}: ok, {count} endpoint{'' if count == 1 else 's'}")
     return Exit.DONE

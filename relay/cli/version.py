@@ -1,13 +1,13 @@
 """`relay version`: what is running, for a report of something that went wrong."""
 
 import importlib.metadata
-import json
 import platform
 import sqlite3
 from argparse import Namespace
 
 from relay import __version__
 from relay.cli.exits import Exit
+from relay.cli.output import show_json
 
 
 def version(arguments: Namespace) -> int:
@@ -17,6 +17,8 @@ def version(arguments: Namespace) -> int:
         "sqlite": sqlite3.sqlite_version,
         "aiohttp": importlib.metadata.version("aiohttp"),
     }
-    sentence = "relay {relay} (Python {python}, SQLite {sqlite}, aiohttp {aiohttp})"
-    print(json.dumps(versions) if arguments.json else sentence.format(**versions))
+    if arguments.json:
+        show_json(versions)
+    else:
+        print("relay {relay} (Python {python}, SQLite {sqlite}, aiohttp {aiohttp})".format(**versions))
     return Exit.DONE
