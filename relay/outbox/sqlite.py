@@ -49,6 +49,7 @@ T = TypeVar("T")
 Promise = asyncio.Future[Any]
 
 FULL_RETRY_SECONDS = 1.0
+GATHERING_PASSES = 3  # of the event loop
 CANCEL_STEP = 1000  # deliveries cancelled in one transaction, so that accepts wait for milliseconds only
 
 
@@ -208,6 +209,9 @@ class SqliteOutbox:
         while not self._closing or self._gathering.batch != Batch():
             await self._work.wait()
             self._work.clear()
+            # Whoever is ready at this moment joins; costs nothing when idle, and half the commits when busy.
+            for _ in range(GATHERING_PASSES):
+                await asyncio.sleep(0)
             gathered, self._gathering = self._gathering, Gathering()
             try:
                 written = await self._run(write, gathered.batch, self._numbers, self._last_seq)
