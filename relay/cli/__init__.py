@@ -7,7 +7,8 @@ to call stands in `commands`; each function there lies in the file of its group.
     arguments     how the values of options are read
     exits         the exit codes
     client        one request to the running relay
-    serving, health, secret, version, listen, demo     the commands
+    output        tables for people, JSON for scripts
+    serving, health, secret, version, listen, demo, ask     the commands
     receiver, verification     the receiver of `listen` and `demo`, and how it verifies
 """
 

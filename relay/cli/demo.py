@@ -26,7 +26,7 @@ from relay.cli.output import show_json, show_table
 from relay.cli.receiver import Arrival, Receiver
 from relay.cli.secret import made
 
-LIMIT_SECONDS = 15.0  # a slow machine needs three
+LIMIT_SECONDS = 8.0  # for the start, and again for the deliveries; both together take two
 STOP_SECONDS = 3.0
 POLL_SECONDS = 0.05
 
@@ -220,14 +220,13 @@ async def arrived(receiver: Receiver, ids: Mapping[str, str]) -> list[Arrival]:
 
 
 def summed(event: str, id_: str, arrivals: Sequence[Arrival]) -> Row:
+    """Sum up what arrived under one id; a signature counts only if it was right every time."""
     taken = [each for each in arrivals if each.answered == 200 and each.event == event]
     return Row(
         event=event,
         id=id_,
         attempts=len(arrivals),
-        signatures={
-            scheme: str(worth) for each in arrivals[-1:] for scheme, worth in each.signatures.items()
-        },
+        signatures={scheme: str(worth) for each in taken for scheme, worth in each.signatures.items()},
         verified=bool(taken) and all(each.verified for each in arrivals),
     )
 

@@ -1,7 +1,6 @@
 """`relay healthcheck`: is the relay ready? Its exit code is what a container's probe looks at."""
 
 import os
-import tomllib
 from argparse import Namespace
 from pathlib import Path
 
@@ -36,6 +35,8 @@ def configured_url(option: str | None) -> str | None:
 
 def listen_in_file(option: str | None) -> str | None:
     """Read the one value, for to import `relay.config` takes as long as the whole probe may take."""
+    import tomllib
+
     given = option or os.environ.get("RELAY_CONFIG")
     paths = [Path(given)] if given else [Path("relay.toml"), Path("/etc/relay/relay.toml")]
     try:
