@@ -66,7 +66,9 @@ async def open_sender(
     ssl_context: ssl.SSLContext | None = None,
 ) -> AsyncIterator["Sender"]:
     """Keep the connections of a sender open; tests bring their own look-ups and certificate authority."""
-    _cap_tls_read_buffer()
+    if hasattr(sslproto.SSLProtocol, "max_size"):
+        # asyncio would keep 256 KiB to read into for every TLS connection; answers are small.
+        sslproto.SSLProtocol.max_size = _TLS_READ_BUFFER
     context = ssl_context or ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     sender = Sender(
@@ -145,8 +147,7 @@ class Sender:
         problem = egress.check_url(endpoint.url, self._policy)
         if problem is not None:
             raise RefusedError(f"the URL {problem}")
-        # As it was given: a receiver may sign or route by the exact path.
-        url = URL(endpoint.url, encoded=True)
+        url = URL(endpoint.url, encoded=True)  # exactly as it was given
         plain = url.scheme == "http"
         allow = self._policy.opened_to(endpoint.source, plain=plain)
         headers = CIMultiDict({"User-Agent": self._user_agent, "Accept-Encoding": "identity"})
@@ -243,17 +244,14 @@ class _Guard(AbstractResolver):
 
 
 class _LookUps:
-    """Asks the system's resolver, in threads of its own.
-
-    Daemon threads, not an executor: a look-up that hangs must delay neither other work nor the exit.
-    """
+    """Asks the system's resolver, in daemon threads: a hanging one delays no other work and no exit."""
 
     def __init__(self) -> None:
         self._slots = asyncio.Semaphore(_LOOK_UPS_AT_ONCE)
 
     async def __call__(self, host: str, port: int) -> Sequence[str]:
         async with self._slots:
-            answer: concurrent.futures.Future[Sequence[str]] = concurrent.futures.Future()
+            answer = concurrent.futures.Future[Sequence[str]]()
             answer.set_running_or_notify_cancel()  # the thread will answer, also when nobody waits any more
             threading.Thread(target=_ask, args=(host, port, answer), name="look-up", daemon=True).start()
             return await asyncio.wrap_future(answer)
@@ -269,13 +267,13 @@ def _ask(host: str, port: int, answer: concurrent.futures.Future[Sequence[str]])
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Makes connections: each dial is judged by the guard, each is cut off as `_Connection` says."""
+    """Makes connections that are judged by the guard and cut off as `_Connection` says; lanes bound them."""
 
     def __init__(self, guard: _Guard, ssl_context: ssl.SSLContext) -> None:
-        # No limit of aiohttp's own: lanes bound themselves.
         super().__init__(limit=0, ssl=ssl_context, resolver=guard, socket_factory=guard.dial)
         # aiohttp has no public way to say this; tests with a flooding receiver notice if it changes.
-        self._factory = functools.partial(_Connection, loop=self._loop)
+        connection: type[ResponseHandler] = _Connection
+        self._factory = functools.partial(connection, loop=self._loop)
 
 
 class _Connection(ResponseHandler):
@@ -283,6 +281,13 @@ class _Connection(ResponseHandler):
 
     def close(self) -> None:
         self.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Let a head count that came together with the beginning of a broken body."""
+        head, end, body = data.partition(b"\r\n\r\n")
+        super().data_received(head + end)
+        if body:
+            super().data_received(body)
 
     def set_exception(self, *error: BaseException) -> None:
         super().set_exception(*error)
@@ -352,16 +357,15 @@ _REASONS: tuple[tuple[type[BaseException], str], ...] = (
     (ConnectionRefusedError, "conn_refused"),
     (ConnectionError, "conn_reset"),
     (OSError, "unreachable"),
+    (Exception, "protocol_error"),
 )
 
 
 def _failure(error: Exception) -> tuple[str, str | None]:
     """Name a failure and say for the operator what happened, without the URL: its query may be secret."""
     cause = error.__cause__
-    for kind, reason in _REASONS:
-        if isinstance(cause, kind) or isinstance(error, kind):
-            return reason, _detail(cause or error)
-    return "protocol_error", _detail(cause or error)
+    reason = next(name for kind, name in _REASONS if isinstance(cause, kind) or isinstance(error, kind))
+    return reason, _detail(cause or error)
 
 
 def _detail(error: BaseException) -> str | None:
@@ -380,14 +384,8 @@ def _timeout(seconds: float) -> aiohttp.ClientTimeout:
     """Return the deadline of a whole attempt, and of its connect: look-up, TCP and TLS handshake."""
     # A little less than the whole, so that what never connected is told from what never answered; and no
     # rounding up to full seconds, which is aiohttp's way from 5 s on.
-    connect = min(_CONNECT_SECONDS, seconds * 0.98)
+    connect = min(_CONNECT_SECONDS, seconds * 0.9)
     return aiohttp.ClientTimeout(total=seconds, connect=connect, ceil_threshold=math.inf)
-
-
-def _cap_tls_read_buffer() -> None:
-    """Give a TLS connection of asyncio 32 KiB to read into instead of 256: answers are small."""
-    if hasattr(sslproto.SSLProtocol, "max_size"):
-        sslproto.SSLProtocol.max_size = _TLS_READ_BUFFER
 
 
 def _is_local(address: str) -> bool:
