@@ -1,5 +1,6 @@
 """What only the SQLite outbox promises: its file, its plans, and what it does when the disk fails."""
 
+import asyncio
 import hashlib
 import os
 import re
@@ -253,6 +254,33 @@ async def test_outcomes_that_find_no_room_are_written_once_there_is(path, monkey
         await outbox.record(claimed, attempt(claimed, "timeout"), again(NOW + 1))
         (late,) = await outbox.claim("main", 1, NOW + 1)
     assert late.attempts == 1
+
+
+async def test_a_stop_does_not_wait_for_room_on_a_full_disk(path, monkeypatch):
+    """What could not be recorded is simply due again after the next start: an attempt cut off by a stop."""
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        await outbox.accept([submission("a")])
+        (claimed,) = await outbox.claim("main", 1, NOW)
+
+        def fails(db, rows):
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorname = "SQLITE_FULL"
+            raise error
+
+        monkeypatch.setattr(statements, "update_deliveries", fails)
+        monkeypatch.setattr("relay.outbox.sqlite.FULL_RETRY_SECONDS", 0.02)
+        recording = asyncio.get_running_loop().create_task(
+            outbox.record(claimed, attempt(claimed), DELIVERED)
+        )
+        await asyncio.sleep(0.05)
+        assert not recording.done()
+    with pytest.raises(FullError):
+        await recording
+    monkeypatch.undo()
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        assert len(await outbox.claim("main", 1, NOW)) == 1
 
 
 async def test_a_failing_disk_ends_the_relay_and_answers_nobody_falsely(path, monkeypatch):

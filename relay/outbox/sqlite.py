@@ -267,7 +267,11 @@ class SqliteOutbox:
         """Refuse what can be submitted again; what was met stays here until there is room for it."""
         self._trouble = str(error)
         _break(gathered.accepts + gathered.changes, error)
-        if gathered.records:
+        if self._closing:
+            # No more time to wait for room: what was met is met again after the next start.
+            log.error("outcomes_unrecorded", extra={"unrecorded": len(gathered.records)})
+            _break(gathered.records, error)
+        elif gathered.records:
             self._gathering.batch.records = gathered.batch.records + self._gathering.batch.records
             self._gathering.records = gathered.records + self._gathering.records
             self._work.set()
