@@ -1,69 +1,167 @@
-"""Pages a browser was tricked into opening, in a real browser: none of them gets an event into the relay.
+"""Pages that a browser was tricked into opening, in a real browser: none gets an event into the relay.
 
-The pages do what pages of strangers can do to a service on the same machine: forms, fetches, images,
-scripts, beacons, and a name that first led to the stranger and now leads here (DNS rebinding).
+The pages do what a stranger's page can do to a service on the same machine: forms, fetches, beacons,
+images, scripts, and a name that first led to the stranger and now leads here (DNS rebinding).
 """
 
 import http.server
-import importlib.util
-import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import orjson
 import pytest
 
 from tests.process import RelayProcess, relay_process
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = (
-    "--no-sandbox",
+    "--no-sandbox",  # which root has not, and CI is root
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--host-resolver-rules=MAP rebound.test 127.0.0.1",
 )
-STRANGERS_NAME = "rebound.test"
-EVENT = '{"event":"post.published","data":{}}'
+PATIENCE_MS = 10_000
+EVENT = {"event": "post.published", "data": {}}
 
-pytestmark = [
-    pytest.mark.skipif(not CHROMIUM.exists(), reason="wants Chromium: apt-get install chromium"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("playwright") is None, reason="wants Playwright: pip install playwright"
-    ),
-]
-
-# What a page tries, with `url` where events are submitted; each returns when the browser is done with it.
+# What a page does with the URL for events, and what comes of it: the relay's answer, or None where the
+# browser itself goes no further, or shows no answer, because the relay does not allow it to.
 TRICKS = {
-    # The form's one field is written as `name=value`: split so that the whole is JSON.
-    "a form": """url => new Promise(done => {
-        const frame = document.body.appendChild(document.createElement('iframe'));
-        frame.name = 'answer';
-        const form = document.body.appendChild(document.createElement('form'));
-        Object.assign(form, {action: url, method: 'POST', enctype: 'text/plain', target: 'answer'});
-        const field = form.appendChild(document.createElement('input'));
-        field.name = '{"event":"post.published","data":{"a":"';
-        field.value = '"}}';
-        frame.onload = () => done('sent');
-        form.submit();
-    })""",
-    "a fetch without CORS": """(url, body) => fetch(
-        url, {method: 'POST', mode: 'no-cors', body}).then(() => 'sent', String)""",
-    "a fetch of JSON": """(url, body) => fetch(
-        url, {method: 'POST', headers: {'Content-Type': 'application/json'}, body}).then(() => 'sent', String)""",
-    "an image": """url => new Promise(done => {
-        const image = new Image();
-        image.onload = image.onerror = () => done('sent');
-        image.src = url;
-    })""",
-    "a script": """url => new Promise(done => {
-        const script = document.createElement('script');
-        script.onload = script.onerror = () => done('sent');
-        script.src = url;
-        document.head.append(script);
-    })""",
-    "a beacon": """(url, body) => navigator.sendBeacon(
-        url, new Blob([body], {type: 'text/plain'})) ? 'sent' : 'refused'""",
+    # As text/plain a form sends `name=value`, so name and value together can be JSON.
+    "form": (
+        """([url]) => {
+            const form = document.body.appendChild(document.createElement('form'));
+            Object.assign(form, {action: url, method: 'POST', enctype: 'text/plain'});
+            const field = form.appendChild(document.createElement('input'));
+            field.name = '{"event": "post.published", "data": {"a": "';
+            field.value = '"}}';
+            form.submit();
+        }""",
+        403,
+    ),
+    "fetch-without-cors": (
+        "([url, body]) => { fetch(url, {method: 'POST', mode: 'no-cors', body}).catch(() => {}); }",
+        403,
+    ),
+    "beacon": ("([url, body]) => { navigator.sendBeacon(url, body); }", 403),
+    "fetch-of-json": (
+        """([url, body]) => {
+            const headers = {'Content-Type': 'application/json'};
+            fetch(url, {method: 'POST', headers, body}).catch(() => {});
+        }""",
+        None,
+    ),
+    "image": ("([url]) => { new Image().src = url; }", None),
+    "script": (
+        "([url]) => { document.head.appendChild(document.createElement('script')).src = url; }",
+        None,
+    ),
 }
+
+
+@pytest.fixture(scope="module")
+def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
+    with relay_process(tmp_path_factory.mktemp("relay"), "") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    playwright = pytest.importorskip("playwright.sync_api", reason="wants Playwright for Python")
+    if not CHROMIUM.exists():
+        pytest.skip("wants Chromium, Debian's package chromium")
+    with playwright.sync_playwright() as each:
+        # Nothing is downloaded: Playwright drives the browser that is installed.
+        chromium = each.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: "Browser") -> "Iterator[Page]":
+    with browser.new_page() as each:
+        each.set_default_timeout(PATIENCE_MS)
+        yield each
+
+
+@pytest.fixture(scope="module")
+def strangers_port() -> Iterator[int]:
+    """Serve an empty page, into which the tests put what a stranger would have written there."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), EmptyPage) as server:
+        serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        serving.start()
+        yield server.server_port
+        server.shutdown()
+        serving.join()
+
+
+@pytest.fixture(params=["127.0.0.1", "localhost"], ids=["same-site", "cross-site"])
+def strangers_page(request: pytest.FixtureRequest, page: "Page", strangers_port: int) -> "Page":
+    page.goto(f"http://{request.param}:{strangers_port}/")
+    return page
+
+
+class EmptyPage(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(b"<!doctype html><body></body>")
+
+    def log_message(self, *_: object) -> None:
+        """Stay silent."""
+
+
+@pytest.mark.parametrize(("trick", "answered"), TRICKS.values(), ids=TRICKS)
+def test_no_page_of_another_origin_submits_an_event(relay, strangers_page, trick, answered):
+    """The relay listens where every page that is open on the machine can send requests to."""
+    before = stored(relay)
+
+    with strangers_page.expect_request(f"{relay.url}/v1/events") as asked:
+        strangers_page.evaluate(trick, [f"{relay.url}/v1/events", orjson.dumps(EVENT).decode()])
+    answer = asked.value.response()
+
+    assert (answer.status if answer is not None else None) == answered
+    assert stored(relay) == before
+    assert submitted(relay) in stored(relay), "as it must for a client that is no page"
+
+
+def test_a_page_whose_name_was_rebound_to_the_relay_submits_no_event(relay, page):
+    """To the browser page and relay are of one origin then; only the Host tells."""
+    before = stored(relay)
+    strangers_name = f"http://rebound.test:{relay.port}"
+
+    opened = page.goto(f"{strangers_name}/livez")
+    answered = page.evaluate(
+        """async ([url, body]) => {
+            const headers = {'Content-Type': 'application/json'};
+            return [
+                (await fetch(url, {method: 'POST', headers, body})).status,
+                (await fetch(url)).status,
+            ];
+        }""",
+        [f"{strangers_name}/v1/events", orjson.dumps(EVENT).decode()],
+    )
+
+    assert (opened.status, answered) == (421, [421, 421])
+    assert stored(relay) == before
+    assert submitted(relay) in stored(relay), "as it must for a client that is no page"
+
+
+def stored(relay: RelayProcess) -> list[str]:
+    """Return the ids of what is in the outbox, as a client that is no browser sees it."""
+    _, listed = relay.call("GET", "/v1/events?limit=200")
+    return [event["id"] for event in listed["data"]]
+
+
+def submitted(relay: RelayProcess) -> str:
+    status, receipt = relay.call("POST", "/v1/events", EVENT)
+    assert status == 202
+    return receipt["id"]

@@ -1,13 +1,16 @@
 """`/v1/events`: submitting events, one or many, and looking at what became of them (contract 3 and 4)."""
 
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
 import orjson
 from aiohttp import web
 
-from relay import canonical
+from relay import canonical, cloudevents
 from relay.api import bodies
 from relay.api.answers import Mistake, answer, invalid, page, unavailable
 from relay.api.problems import Problem
-from relay.api.selection import read_query
+from relay.api.selection import read_query, unknown
 from relay.api.state import State
 from relay.ingest import Draft, InvalidError, idempotency_key, iso, traceparent
 from relay.model import Attempt, Receipt
@@ -16,6 +19,27 @@ from relay.outbox import ConflictError, DeliveryStory, Ended, Story
 LARGEST_BATCH = 16 << 20
 MOST_IN_BATCH = 1000
 LARGEST_REPLAY = 4 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """What a way to submit calls two things that answers speak of."""
+
+    type: str
+    identity: str
+
+
+ORDINARY = Words(type="event", identity="idempotency key")
+STRUCTURED = Words(type="type", identity="pair of source and id")
+BINARY = Words(type="ce-type", identity="pair of source and id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How one submitted event is read: headers and body in, its draft out."""
+
+    read: Callable[[Mapping[str, str], bytes], Draft]
+    words: Words
 
 
 class Events:
@@ -35,31 +59,30 @@ class Events:
         ]
 
     async def submit(self, request: web.Request) -> web.Response:
-        bodies.content_type(request, bodies.JSON)
-        value = bodies.parse(await bodies.read(request, self._state.max_event_size))
-        headers = request.headers
-        key = headers.get("Idempotency-Key")
+        way = _way(request)
+        body = await bodies.read(request, self._state.max_event_size)
         try:
-            draft = Draft(
-                value=value,
-                idempotency_key=idempotency_key(key) if key is not None else None,
-                traceparent=traceparent(headers.get("traceparent")),
-            )
+            draft = way.read(request.headers, body)
+        except canonical.NotJSON as error:
+            raise Problem(400, str(error)) from None
         except InvalidError as error:
             raise invalid(error.problems) from None
-        (receipt,) = await self._keep([draft])
+        (receipt,) = await self._keep([draft], way.words)
         return answer(_receipt(receipt), status=200 if receipt.duplicate else 202)
 
     async def submit_batch(self, request: web.Request) -> web.Response:
-        media_type = bodies.content_type(request, bodies.JSON, bodies.NDJSON)
+        media_type = bodies.content_type(request, bodies.JSON, bodies.NDJSON, cloudevents.BATCHED)
         body = await bodies.read(request, LARGEST_BATCH)
-        values, prefix = _lines(body) if media_type == bodies.NDJSON else _members(body)
+        values, prefix = BATCHES[media_type](body)
         if len(values) > MOST_IN_BATCH:
             raise invalid([("#", f"holds {len(values)} events, at most {MOST_IN_BATCH} are taken at once")])
         if len(body) > self._state.max_event_size:
             self._refuse_large(values, prefix)
         parent = traceparent(request.headers.get("traceparent"))
-        receipts = await self._keep(_drafts(values, prefix, parent))
+        if media_type == cloudevents.BATCHED:
+            receipts = await self._keep(_cloudevents(values, parent), STRUCTURED)
+        else:
+            receipts = await self._keep(_drafts(values, prefix, parent))
         return answer({"events": [_receipt(receipt) for receipt in receipts]}, status=202)
 
     async def listing(self, request: web.Request) -> web.Response:
@@ -106,15 +129,15 @@ class Events:
             )
         )
 
-    async def _keep(self, drafts: list[Draft]) -> list[Receipt]:
+    async def _keep(self, drafts: list[Draft], words: Words = ORDINARY) -> list[Receipt]:
         if self._state.refusing is not None:
             raise unavailable(self._state.refusing)
         try:
             return await self._state.ingest.submit(drafts)
         except InvalidError as error:
-            raise invalid(error.problems) from None
+            raise invalid(_renamed(error.problems, drafts, words)) from None
         except ConflictError as error:
-            detail = "this idempotency key was used before for other content"
+            detail = f"this {words.identity} was used before for other content"
             raise invalid([(drafts[index].pointer, detail) for index in error.indexes]) from None
 
     def _refuse_large(self, values: list[canonical.JSON], prefix: str) -> None:
@@ -123,6 +146,48 @@ class Events:
         large = [(f"{prefix}{index}", f"is {size} bytes") for index, size in enumerate(sizes) if size > limit]
         if large:
             raise Problem(413, f"one event may have {limit} bytes", errors=large)
+
+
+def _way(request: web.Request) -> Way:
+    """Return how to read what is submitted. Raises 415, and 422 for two idempotency keys."""
+    if cloudevents.is_binary(request.headers):
+        way = CLOUDEVENT_BINARY
+    elif bodies.content_type(request, bodies.JSON, cloudevents.STRUCTURED) == bodies.JSON:
+        return JSON
+    else:
+        way = CLOUDEVENT
+    if "Idempotency-Key" in request.headers:
+        detail = "the header Idempotency-Key cannot stand beside a CloudEvent: its source and id are the key"
+        raise invalid([("#", detail)])
+    return way
+
+
+def _read(headers: Mapping[str, str], body: bytes) -> Draft:
+    key = headers.get("Idempotency-Key")
+    return Draft(
+        value=canonical.parse(body),
+        idempotency_key=idempotency_key(key) if key is not None else None,
+        traceparent=traceparent(headers.get("traceparent")),
+    )
+
+
+def _read_structured(headers: Mapping[str, str], body: bytes) -> Draft:
+    return cloudevents.structured(canonical.parse(body), traceparent=traceparent(headers.get("traceparent")))
+
+
+def _read_binary(headers: Mapping[str, str], body: bytes) -> Draft:
+    return cloudevents.binary(headers, body, traceparent=traceparent(headers.get("traceparent")))
+
+
+JSON = Way(read=_read, words=ORDINARY)
+CLOUDEVENT = Way(read=_read_structured, words=STRUCTURED)
+CLOUDEVENT_BINARY = Way(read=_read_binary, words=BINARY)
+
+
+def _renamed(problems: Iterable[Mistake], drafts: Iterable[Draft], words: Words) -> list[Mistake]:
+    """Let mistakes point to the type by the name that the sender gave it."""
+    names = {f"{draft.pointer}/event": f"{draft.pointer}/{words.type}" for draft in drafts}
+    return [(names.get(pointer, pointer), detail) for pointer, detail in problems]
 
 
 def _size(value: canonical.JSON) -> int:
@@ -134,10 +199,22 @@ def _size(value: canonical.JSON) -> int:
 
 def _members(body: bytes) -> tuple[list[canonical.JSON], str]:
     value = bodies.parse(body)
-    events = value.get("events") if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        raise invalid([("#", "must be an object with the member events")])
+    events = value.get("events")
+    mistakes = unknown(value, ("events",))
     if not isinstance(events, list):
-        raise invalid([("#/events", "must be a list of events")])
+        raise invalid([*mistakes, ("#/events", "must be a list of events")])
+    if mistakes:
+        raise invalid(mistakes)
     return list(events), "#/events/"
+
+
+def _elements(body: bytes) -> tuple[list[canonical.JSON], str]:
+    value = bodies.parse(body)
+    if not isinstance(value, list):
+        raise invalid([("#", "must be a list of CloudEvents")])
+    return value, "#/"
 
 
 def _lines(body: bytes) -> tuple[list[canonical.JSON], str]:
@@ -154,6 +231,16 @@ def _lines(body: bytes) -> tuple[list[canonical.JSON], str]:
     if mistakes:
         raise Problem(400, "some lines are not JSON", errors=mistakes)
     return values, "#/"
+
+
+BATCHES = {bodies.JSON: _members, bodies.NDJSON: _lines, cloudevents.BATCHED: _elements}
+
+
+def _cloudevents(values: list[canonical.JSON], parent: str | None) -> list[Draft]:
+    try:
+        return cloudevents.batched(values, traceparent=parent)
+    except InvalidError as error:
+        raise invalid(error.problems) from None
 
 
 def _drafts(values: list[canonical.JSON], prefix: str, parent: str | None) -> list[Draft]:

@@ -1,8 +1,7 @@
 """`/v1/webhooks`: endpoints as the API shows and changes them, and test events (contract section 4)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -28,7 +27,6 @@ from relay.rehearsal import rehearse
 LARGEST_SETTINGS = 64 << 10
 LONGEST_OVERLAP_SECONDS = 30 * 24 * 3600.0
 MASK = "***"
-NO_ENDPOINT = Problem(404, "there is no endpoint of this id")
 
 
 class Webhooks:
@@ -53,16 +51,16 @@ class Webhooks:
         ]
 
     async def listing(self, _request: web.Request) -> web.Response:
-        return answer(page(await self._shown(*self._state.endpoints.all()), None))
+        return answer(page(await self._listed(self._state.endpoints.all()), None))
 
     async def show(self, request: web.Request) -> web.Response:
-        return answer(*await self._shown(self._named(request)))
+        return answer(await self._shown(self._named(request)))
 
     async def put(self, request: web.Request) -> web.Response:
         values = await bodies.members(request, LARGEST_SETTINGS)
         with self._change() as endpoints:
             registered, secret = await endpoints.put(values)
-        (settings,) = await self._shown(registered)
+        settings = await self._shown(registered)
         return answer(settings) if secret is None else answer(settings | {"secret": secret}, status=201)
 
     async def patch(self, request: web.Request) -> web.Response:
@@ -70,7 +68,7 @@ class Webhooks:
         values = await bodies.members(request, LARGEST_SETTINGS)
         with self._change() as endpoints:
             registered = await endpoints.patch(id_, values)
-        return answer(*await self._shown(registered))
+        return answer(await self._shown(registered))
 
     async def remove(self, request: web.Request) -> web.Response:
         with self._change() as endpoints:
@@ -85,7 +83,7 @@ class Webhooks:
     async def _pause(self, request: web.Request, *, paused: bool) -> web.Response:
         with self._change() as endpoints:
             registered = await endpoints.pause(request.match_info["id"], paused=paused)
-        return answer(*await self._shown(registered))
+        return answer(await self._shown(registered))
 
     async def rotate(self, request: web.Request) -> web.Response:
         id_ = self._named(request).endpoint.id
@@ -141,7 +139,7 @@ class Webhooks:
         try:
             return self._state.endpoints.get(request.match_info["id"])
         except UnknownEndpointError:
-            raise NO_ENDPOINT from None
+            raise no_endpoint() from None
 
     @contextmanager
     def _change(self) -> Iterator[Endpoints]:
@@ -155,9 +153,13 @@ class Webhooks:
         except ConflictError as error:
             raise Problem(409, str(error)) from None
         except UnknownEndpointError:  # removed while the request was on its way
-            raise NO_ENDPOINT from None
+            raise no_endpoint() from None
 
-    async def _shown(self, *registered: Registered) -> list[dict[str, object]]:
+    async def _shown(self, registered: Registered) -> dict[str, object]:
+        (settings,) = await self._listed([registered])
+        return settings
+
+    async def _listed(self, registered: Sequence[Registered]) -> list[dict[str, object]]:
         backlogs = await self._state.outbox.backlog()
         pasts = await self._state.outbox.pasts()
         now_ms = self._state.clock.now_ms()
@@ -211,6 +213,10 @@ def duration(seconds: float) -> str:
         count, rest = divmod(rest, size)
         text += f"{count}{unit}" if count else ""
     return text or "0s"
+
+
+def no_endpoint() -> Problem:
+    return Problem(404, "there is no endpoint of this id")
 
 
 def refuse(mistakes: list[Mistake]) -> None:
