@@ -3,6 +3,7 @@
 An application posts an event on localhost.
 
     api/          takes it over HTTP: who may talk to us, is it JSON, what is the answer
+    cloudevents.py  reads one that is written as a CloudEvent
     canonical.py  gives its data the bytes that JavaScript would write
     ingest.py     makes it an event, with one delivery for each endpoint that wants it
     catalogue.py  knows the types of events, their samples and schemas

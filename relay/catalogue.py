@@ -6,6 +6,10 @@ Without a catalogue any type goes. The JSON Schemas of a catalogue are an extra 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
+from typing import NoReturn
+
+MOST_PROBLEMS = 50  # told of one event: a large list with one mistake in each item has one mistake
 
 Problem = tuple[str, str]  # where in the data (a JSON pointer's end), what is wrong
 Validate = Callable[[object], Iterable[Problem]]
@@ -54,15 +58,19 @@ def validator(schema: Mapping[str, object]) -> Validate:
     except ImportError:
         raise SchemaError("schemas need the extra: pip install 'relay[schema]'") from None
     try:
-        compiled = jsonschema_rs.validator_for(dict(schema))
+        compiled = jsonschema_rs.validator_for(dict(schema), mask="the value", retriever=_refuse_to_fetch)
     except (ValueError, jsonschema_rs.ValidationError) as error:
         raise SchemaError(f"is not a JSON Schema: {str(error).splitlines()[0]}") from None
 
     def validate(data: object) -> Iterable[Problem]:
-        for error in compiled.iter_errors(data):
+        for error in islice(compiled.iter_errors(data), MOST_PROBLEMS):
             path = "".join(
                 "/" + str(step).replace("~", "~0").replace("/", "~1") for step in error.instance_path
             )
             yield path, error.message
 
     return validate
+
+
+def _refuse_to_fetch(uri: str) -> NoReturn:
+    raise ValueError(f"the relay fetches nothing; put {uri} under $defs")

@@ -19,13 +19,14 @@ from relay import egress
 from relay.clock import Clock
 from relay.config import DeliverySettings, SettingsError, read_api_endpoint
 from relay.model import Endpoint
-from relay.outbox import KeptEndpoint, Outbox
+from relay.outbox import FullError, KeptEndpoint, Outbox
 from relay.signing import secret_of
 from relay.subscription import Subscriptions
 
 SECRET_BYTES = 32
 DEFAULT_OVERLAP_SECONDS = 24 * 3600.0
 MOST_SECRETS = 5  # live at once
+FULL_RETRY_MS = 10_000
 
 Settings = Mapping[str, Any]
 
@@ -77,6 +78,7 @@ class Endpoints:
         self._lanes = lanes
         self._clock = clock
         self._change = change
+        self._aside: dict[str, bytes] = {}
         self._one_at_a_time = asyncio.Lock()
         self._changed = asyncio.Event()
 
@@ -86,23 +88,22 @@ class Endpoints:
         Returns how many deliveries were cancelled of endpoints that are no longer there, and the ids of
         endpoints of the API that are set aside because the config has their id or can no longer allow them.
         """
-        aside: list[str] = []
         for kept in await self._outbox.endpoints():
             configured = self._registered.get(kept.id)
             if configured is not None:
                 self._registered[kept.id] = replace(configured, paused=kept.paused)
+                if kept.settings is not None:
+                    self._aside[kept.id] = kept.settings
             elif kept.settings is not None:
                 try:
                     self._registered[kept.id] = self._read(orjson.loads(kept.settings), paused=kept.paused)
                 except SettingsError:
-                    aside.append(kept.id)
-            if configured is not None and kept.settings is not None:
-                aside.append(kept.id)
+                    self._aside[kept.id] = kept.settings
         cancelled = await self._outbox.register(list(self._registered))
         for each in self._registered.values():
             await self._lanes.keep(each.endpoint, paused=each.paused)
         self._change(self._subscriptions())
-        return cancelled, aside
+        return cancelled, list(self._aside)
 
     def all(self) -> list[Registered]:
         """Return every endpoint, those of the config first."""
@@ -161,11 +162,17 @@ class Endpoints:
     async def remove(self, id_: str) -> int:
         """Take an endpoint away; return how many of its deliveries were cancelled."""
         async with self._one_at_a_time:
-            self._own(id_)
+            registered = self._own(id_)
             del self._registered[id_]
             self._change(self._subscriptions())
             await self._lanes.drop(id_)
-            return await self._outbox.drop_endpoint(id_)
+            try:
+                return await self._outbox.drop_endpoint(id_)
+            except FullError:
+                self._registered[id_] = registered
+                self._change(self._subscriptions())
+                await self._lanes.keep(registered.endpoint, paused=registered.paused)
+                raise
 
     async def pause(self, id_: str, *, paused: bool) -> Registered:
         """Hold back an endpoint's deliveries, or let them go again; the config's too."""
@@ -186,11 +193,14 @@ class Endpoints:
                 until for each in self._registered.values() if (until := each.overlap_until_ms) is not None
             ]
             await self._clock.wait(self._changed, min(ends, default=None))
-            async with self._one_at_a_time:
-                now_ms = self._clock.now_ms()
-                for each in self.all():
-                    if each.overlap_until_ms is not None and each.overlap_until_ms <= now_ms:
-                        await self._update(each, {})
+            now_ms = self._clock.now_ms()
+            try:
+                async with self._one_at_a_time:
+                    for each in self.all():
+                        if each.overlap_until_ms is not None and each.overlap_until_ms <= now_ms:
+                            await self._update(each, {})
+            except FullError:  # the older secret signs on until there is room to write that it does not
+                await self._clock.wait(asyncio.Event(), now_ms + FULL_RETRY_MS)
 
     async def _update(
         self, registered: Registered, values: Settings, overlap_seconds: float = DEFAULT_OVERLAP_SECONDS
@@ -217,7 +227,8 @@ class Endpoints:
 
     async def _take_effect(self, registered: Registered) -> Registered:
         endpoint, settings = registered.endpoint, registered.settings
-        kept = orjson.dumps(settings) if settings is not None else None
+        # What the config has put aside comes back when the config lets go of it.
+        kept = orjson.dumps(settings) if settings is not None else self._aside.get(endpoint.id)
         await self._outbox.keep_endpoint(
             KeptEndpoint(id=endpoint.id, settings=kept, paused=registered.paused)
         )

@@ -317,6 +317,9 @@ async def test_a_batch_is_bounded_in_number_and_each_of_its_events_in_size(api):
     assert (status, "at most 1000" in problem["detail"]) == (422, True)
     status, _, problem = await api.post("/v1/events/batch", {"events": [EVENT, EVENT | {"data": "x" * 999}]})
     assert (status, problem["errors"][0]["pointer"]) == (413, "#/events/1")
+    deep = b'{"events": [{"event": "a", "data": ' + b"[" * 64 + b'"' + b"x" * 999 + b'"' + b"]" * 64 + b"}]}"
+    status, _, problem = await api.post("/v1/events/batch", deep)
+    assert (status, problem["errors"][0]["pointer"]) == (413, "#/events/0")
     assert await api.stored() == []
 
 

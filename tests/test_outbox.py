@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from relay.model import Attempt, Delivery, Event, State, Submission, Verdict
-from relay.outbox import Backlog, ConflictError, Query
+from relay.outbox import Backlog, ConflictError, Ended, KeptEndpoint, Past, Query
 
 NOW = 1_768_471_200_000
 
@@ -300,3 +300,338 @@ async def test_a_caller_that_gives_up_waiting_changes_nothing_for_the_others(out
         impatient.cancel()
     assert patient.result()[0].id == "evt_b"
     assert "b" in names(await outbox.claim("main", 9, NOW))
+
+
+# Endpoints that come and go
+
+
+def kept(id_: str, settings: bytes | None = b"{}", *, paused: bool = False) -> KeptEndpoint:
+    return KeptEndpoint(id=id_, settings=settings, paused=paused)
+
+
+async def test_what_is_kept_of_an_endpoint_is_there_after_a_restart(open_store):
+    async with open_store() as first:
+        await first.register(["main"])
+        await first.keep_endpoint(kept("mine", b'{"a":1}'))
+        await first.keep_endpoint(kept("mine", b'{"a":2}', paused=True))
+        await first.keep_endpoint(kept("main", None, paused=True))
+    async with open_store() as second:
+        everything = [kept("main", None, paused=True), kept("mine", b'{"a":2}', paused=True)]
+        assert await second.endpoints() == everything
+        await second.register(["main", "mine"])
+        assert await second.endpoints() == everything, "registering changes no settings"
+
+
+async def test_events_are_accepted_for_an_endpoint_from_its_keeping_on(outbox):
+    await outbox.keep_endpoint(kept("mine"))
+    (receipt,) = await outbox.accept([submission("a", "mine")])
+    await outbox.keep_endpoint(kept("mine", b'{"changed":1}'))
+    assert receipt.endpoints == ("mine",)
+    assert names(await outbox.claim("mine", 9, NOW)) == ["a"]
+
+
+async def test_what_a_dropped_endpoint_waited_for_is_cancelled_and_stays_away(open_store):
+    async with open_store() as outbox:
+        await outbox.register(["main"])
+        await outbox.keep_endpoint(kept("mine", paused=True))
+        await outbox.accept([submission(f"{n}", "main", "mine") for n in range(2100)])
+        (done,) = await outbox.claim("mine", 1, NOW)
+        await outbox.record(done, attempt(done), DELIVERED)
+
+        assert await outbox.drop_endpoint("mine") == 2099
+
+        assert await outbox.claim("mine", 9, NOW) == []
+        assert await outbox.due("mine") is None
+        assert await outbox.backlog() == {"main": Backlog(pending=2100, dead=0)}
+        story = await outbox.story("evt_1")
+        assert {each.endpoint: each.state for each in story.deliveries} == {
+            "main": State.PENDING,
+            "mine": State.CANCELLED,
+        }
+    async with open_store() as outbox:
+        assert await outbox.endpoints() == [kept("main", None), kept("mine", None)]
+        assert await outbox.register(["main"]) == {}
+
+
+async def test_a_receipt_names_no_endpoint_that_was_dropped_before_the_commit(outbox):
+    """Matched a moment before the drop, committed after it: nobody must wait for that delivery."""
+    async with asyncio.TaskGroup() as tasks:
+        drop = tasks.create_task(outbox.drop_endpoint("other"))
+        await asyncio.sleep(0)
+        accept = tasks.create_task(
+            outbox.accept([submission("a", "main", "other"), submission("b", "other")])
+        )
+    assert drop.result() == 0
+    assert [receipt.endpoints for receipt in accept.result()] == [("main",), ()]
+    story = await outbox.story("evt_a")
+    assert [each.endpoint for each in story.deliveries] == ["main"]
+
+
+async def test_accepts_racing_with_drops_leave_one_delivery_for_each_name_in_a_receipt(outbox):
+    receipts = []
+
+    async def accept(name: str) -> None:
+        for n in range(30):
+            receipts.extend(await outbox.accept([submission(f"{name}{n}", "main", "mine")]))
+
+    async def come_and_go() -> None:
+        for _ in range(25):
+            await outbox.keep_endpoint(kept("mine"))
+            await outbox.drop_endpoint("mine")
+
+    async with asyncio.TaskGroup() as tasks:
+        for name in ("a", "b", "c"):
+            tasks.create_task(accept(name))
+        tasks.create_task(come_and_go())
+
+    states = []
+    for receipt in receipts:
+        story = await outbox.story(receipt.id)
+        assert tuple(each.endpoint for each in story.deliveries) == receipt.endpoints
+        states += [each.state for each in story.deliveries if each.endpoint == "mine"]
+    assert set(states) <= {State.CANCELLED}
+    assert len(receipts) == 90
+    assert await outbox.backlog() == {
+        "main": Backlog(pending=90, dead=0),
+        "other": Backlog(pending=0, dead=0),
+    }
+
+
+async def test_an_outcome_that_comes_after_the_drop_changes_nothing_twice(outbox):
+    """The attempt was made, so it is listed; what was cancelled stays so, and the counts stay true."""
+    await outbox.accept([submission("a", "other"), submission("b", "other")])
+    a, b = await outbox.claim("other", 2, NOW)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(outbox.record(a, attempt(a), DELIVERED))
+        await asyncio.sleep(0)
+        tasks.create_task(outbox.release([a, b]))
+        tasks.create_task(outbox.drop_endpoint("other"))
+    await outbox.record(b, attempt(b), DELIVERED)
+    assert (await outbox.story("evt_a")).deliveries[0].state is State.DELIVERED
+    assert (await outbox.story("evt_b")).deliveries[0].state is State.CANCELLED
+    await outbox.keep_endpoint(kept("other"))
+    assert (await outbox.backlog())["other"] == Backlog(pending=0, dead=0)
+    assert await outbox.claim("other", 9, NOW) == []
+
+
+# Replay
+
+
+async def finish(outbox, name: str, verdict: Verdict, endpoint: str = "main", **options: object) -> None:
+    """Accept an event and bring its delivery to this end."""
+    await outbox.accept([submission(name, endpoint, **options)])
+    (delivery,) = await outbox.claim(endpoint, 1, NOW)
+    reason = "http_503" if verdict is not DELIVERED else None
+    await outbox.record(delivery, attempt(delivery, reason), verdict)
+
+
+async def test_a_replayed_delivery_goes_on_counting_and_starts_its_schedule_again(outbox):
+    await finish(outbox, "a", DEAD)
+
+    assert await outbox.revive(Ended(endpoint="main", state=State.DEAD), NOW + 9) == 1
+
+    assert await outbox.backlog() == {
+        "main": Backlog(pending=1, dead=0),
+        "other": Backlog(pending=0, dead=0),
+    }
+    assert await outbox.claim("main", 9, NOW + 8) == []
+    (again,) = await outbox.claim("main", 9, NOW + 9)
+    assert (again.event.id, again.attempts, again.steps) == ("evt_a", 1, 0)
+    await outbox.record(again, attempt(again, None, NOW + 10), DELIVERED)
+    (delivery,) = (await outbox.story("evt_a")).deliveries
+    assert [(each.number, each.reason) for each in delivery.attempts] == [(1, "http_503"), (2, None)]
+
+
+async def test_a_delivered_one_replayed_keeps_the_attempt_it_was_delivered_with(outbox):
+    await finish(outbox, "a", DELIVERED)
+    for number in (2, 3):
+        assert await outbox.revive(Ended(event_id="evt_a"), NOW) == 1
+        (again,) = await outbox.claim("main", 9, NOW)
+        await outbox.record(again, attempt(again, None, NOW + number), DELIVERED)
+    (delivery,) = (await outbox.story("evt_a")).deliveries
+    assert [(each.number, each.at_ms, each.answer) for each in delivery.attempts] == [
+        (1, NOW, "ok"), (2, NOW + 2, "ok"), (3, NOW + 3, "ok"),
+    ]  # fmt: skip
+    assert await outbox.backlog() == dict.fromkeys(("main", "other"), Backlog(pending=0, dead=0))
+
+
+async def test_a_replay_is_still_there_after_a_restart(open_store):
+    async with open_store() as first:
+        await first.register(["main"])
+        await finish(first, "a", DEAD)
+        await first.revive(Ended(event_id="evt_a"), NOW)
+    async with open_store() as second:
+        await second.register(["main"])
+        assert await second.backlog() == {"main": Backlog(pending=1, dead=0)}
+        assert names(await second.claim("main", 9, NOW)) == ["a"]
+
+
+async def test_an_event_replayed_leaves_alone_what_is_pending_and_who_is_gone(outbox):
+    await outbox.keep_endpoint(kept("mine"))
+    await outbox.accept([submission("a", "main", "other", "mine"), submission("b", "main")])
+    (mine,) = await outbox.claim("mine", 1, NOW)
+    await outbox.record(mine, attempt(mine, "http_500"), DEAD)
+    (main,) = await outbox.claim("main", 1, NOW)
+    await outbox.record(main, attempt(main), DELIVERED)
+    await outbox.drop_endpoint("mine")
+
+    assert await outbox.revive(Ended(event_id="evt_a", endpoint="other"), NOW) == 0
+    assert await outbox.revive(Ended(event_id="evt_none"), NOW) == 0
+    assert await outbox.revive(Ended(event_id="evt_a"), NOW) == 1
+
+    states = {each.endpoint: each.state for each in (await outbox.story("evt_a")).deliveries}
+    assert states == {"main": State.PENDING, "other": State.PENDING, "mine": State.DEAD}
+
+
+async def test_only_what_is_asked_for_is_counted_and_replayed(outbox):
+    for n in range(4):
+        await finish(outbox, f"dead{n}", DEAD, at_ms=NOW - 100 + n)
+    await finish(outbox, "done", DELIVERED, at_ms=NOW - 50)
+    await finish(outbox, "theirs", DEAD, "other")
+    await outbox.accept([submission("open")])
+
+    dead = Ended(endpoint="main", state=State.DEAD)
+    for ended, count in (
+        (dead, 4),
+        (replace(dead, since_ms=NOW - 99), 3),
+        (replace(dead, until_ms=NOW - 99), 1),
+        (replace(dead, since_ms=NOW - 99, until_ms=NOW - 97), 2),
+        (replace(dead, type="post.failed"), 0),
+        (replace(dead, type="post.published"), 4),
+        (replace(dead, state=State.CANCELLED), 0),
+        (replace(dead, state=State.DELIVERED), 1),
+        (replace(dead, state=State.DELIVERED, until_ms=NOW - 50), 0),
+    ):
+        assert await outbox.count(ended) == count, ended
+    assert await outbox.revive(replace(dead, since_ms=NOW - 99, until_ms=NOW - 97), NOW) == 2
+    assert set(names(await outbox.claim("main", 9, NOW))) == {"dead1", "dead2", "open"}
+    assert (await outbox.backlog())["other"] == Backlog(pending=0, dead=1)
+
+
+async def test_many_are_replayed_in_steps_each_once_and_at_the_pace_asked_for(outbox):
+    """A receiver that was down for a day is not to be knocked over by what it missed."""
+    await outbox.accept([submission(f"{n:04}") for n in range(1200)])
+    while claimed := await outbox.claim("main", 100, NOW):
+        async with asyncio.TaskGroup() as tasks:
+            for each in claimed:
+                tasks.create_task(outbox.record(each, attempt(each, "http_500"), DEAD))
+    ended = Ended(endpoint="main", state=State.DEAD)
+    assert await outbox.count(ended) == 1200
+
+    assert await outbox.revive(ended, NOW, spacing_ms=20.0) == 1200
+
+    assert await outbox.count(ended) == 0
+    assert (await outbox.backlog())["main"] == Backlog(pending=1200, dead=0)
+    due = [await outbox.claim("main", 2000, NOW + later) for later in (0, 19, 20, 9999, 23_979, 23_980)]
+    assert [len(each) for each in due] == [1, 0, 1, 498, 699, 1]
+    assert [name for each in due for name in names(each)] == [f"{n:04}" for n in range(1200)]
+
+
+async def test_delivered_ones_are_found_among_many_others(outbox):
+    for n in range(6):
+        await outbox.accept([submission(f"{n}-{m}", "other") for m in range(199)])
+        await finish(outbox, f"{n}", DELIVERED)
+    ended = Ended(endpoint="main", state=State.DELIVERED)
+    assert await outbox.count(ended) == 6
+    assert await outbox.revive(ended, NOW) == 6
+    assert names(await outbox.claim("main", 9, NOW)) == list("012345")
+
+
+async def test_a_replay_for_an_endpoint_dropped_meanwhile_finds_nothing_and_harms_nothing(open_store):
+    async with open_store() as outbox:
+        await outbox.register(["main", "other"])
+        await finish(outbox, "a", DEAD, "other")
+        dead = Ended(endpoint="other", state=State.DEAD)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(outbox.drop_endpoint("other"))
+            await asyncio.sleep(0)
+            revived = tasks.create_task(outbox.revive(dead, NOW))
+        assert revived.result() == await outbox.count(dead) == 0
+        await outbox.accept([submission("b")])
+        assert names(await outbox.claim("main", 9, NOW)) == ["b"]
+
+
+# Looking
+
+
+async def test_the_past_of_an_endpoint_tells_its_last_attempts_and_since_when_something_waits(open_store):
+    async with open_store() as outbox:
+        await outbox.register(["main", "other"])
+        untouched = Past(
+            oldest_pending_ms=None, last_success_at_ms=None, last_failure_at_ms=None, last_error=None
+        )
+        assert await outbox.pasts() == {"main": untouched, "other": untouched}
+        await outbox.accept([submission("a", at_ms=NOW - 5), submission("b", at_ms=NOW - 3)])
+        a, b = await outbox.claim("main", 2, NOW)
+        await outbox.record(a, attempt(a, "timeout", NOW + 1), again(NOW + 99))
+        await outbox.record(b, attempt(b, None, NOW + 2), DELIVERED)
+        told = Past(
+            oldest_pending_ms=NOW - 5,
+            last_success_at_ms=NOW + 2,
+            last_failure_at_ms=NOW + 1,
+            last_error="timeout",
+        )
+        assert await outbox.pasts() == {"main": told, "other": untouched}
+    async with open_store() as outbox:
+        await outbox.register(["main"])
+        assert (await outbox.pasts())["main"] == told
+
+
+async def listed(outbox, **filters: object) -> list[str]:
+    """Return the names of all events that a query finds, over all its pages; no page may be too long."""
+    found: list[str] = []
+    query = Query(**({"limit": 3} | filters))
+    while True:
+        page = await outbox.events(query)
+        assert len(page.stories) <= query.limit
+        found += [story.event.id.removeprefix("evt_") for story in page.stories]
+        if page.next_before is None:
+            return found
+        query = replace(query, before=page.next_before)
+
+
+async def test_events_are_found_by_endpoint_state_type_and_time_over_all_pages(outbox):
+    await finish(outbox, "dead", DEAD, at_ms=NOW - 9)
+    await finish(outbox, "done", DELIVERED, at_ms=NOW - 8)
+    await finish(outbox, "theirs", DEAD, "other", at_ms=NOW - 7)
+    bare = submission("failed", "main", "other", at_ms=NOW - 6)
+    await outbox.accept([replace(bare, event=replace(bare.event, type="post.failed"))])
+    await outbox.accept([replace(submission("nobody", at_ms=NOW - 5), endpoints=())])
+    await outbox.accept([submission(f"open{n}", at_ms=NOW - 4 + n) for n in range(4)])
+    open_ = ["open3", "open2", "open1", "open0"]
+
+    for filters, expected in (
+        ({}, [*open_, "nobody", "failed", "theirs", "done", "dead"]),
+        ({"endpoint": "main"}, [*open_, "failed", "done", "dead"]),
+        ({"endpoint": "other"}, ["failed", "theirs"]),
+        ({"endpoint": "stranger"}, []),
+        ({"state": State.DEAD}, ["theirs", "dead"]),
+        ({"state": State.DEAD, "endpoint": "main"}, ["dead"]),
+        ({"state": State.DELIVERED}, ["done"]),
+        ({"state": State.DELIVERED, "endpoint": "other"}, []),
+        ({"state": State.PENDING}, [*open_, "failed"]),
+        ({"state": State.PENDING, "endpoint": "other"}, ["failed"]),
+        ({"state": State.CANCELLED}, []),
+        ({"type": "post.failed"}, ["failed"]),
+        ({"type": "post.failed", "state": State.DEAD}, []),
+        ({"since_ms": NOW - 8, "until_ms": NOW - 5}, ["failed", "theirs", "done"]),
+        ({"since_ms": NOW - 2, "state": State.PENDING}, ["open3", "open2"]),
+        ({"until_ms": NOW - 8}, ["dead"]),
+        ({"until_ms": NOW - 9}, []),
+        ({"since_ms": NOW}, []),
+    ):
+        assert await listed(outbox, **filters) == expected, filters
+
+
+async def test_an_event_with_many_deliveries_is_listed_once(outbox):
+    await outbox.accept([submission(f"{n}", "main", "other") for n in range(5)])
+    assert await listed(outbox, state=State.PENDING, limit=4) == ["4", "3", "2", "1", "0"]
+
+
+async def test_a_rare_event_is_found_page_by_page_without_a_long_look(outbox):
+    """A filter that matches little must not hold the outbox for as long as there is history."""
+    await outbox.accept([submission("rare", "other")])
+    await outbox.accept([submission(f"{n}") for n in range(1000)])
+    page = await outbox.events(Query(limit=5, endpoint="other"))
+    assert (page.stories, page.next_before is not None) == ((), True)
+    assert await listed(outbox, endpoint="other") == ["rare"]

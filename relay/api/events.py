@@ -191,8 +191,10 @@ def _renamed(problems: Iterable[Mistake], drafts: Iterable[Draft], words: Words)
 
 
 def _size(value: canonical.JSON) -> int:
+    """Measure one event; its data alone may have as many levels as a text of its own."""
+    parts = [value] if not isinstance(value, dict) else [*value, *value.values()]
     try:
-        return len(canonical.encode(value))
+        return sum(len(canonical.encode(part)) for part in parts)
     except canonical.Unrepresentable:
         return 0  # refused for that reason in a moment
 

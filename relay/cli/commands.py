@@ -100,6 +100,38 @@ COMMANDS = (
         examples=("relay listen --port 8900", "relay listen --secret-file secret.txt --answer 503,503,200"),
     ),
     Command(
+        name="verify",
+        does="Check the signatures of a captured request and tell which part of it disagrees.",
+        runs="relay.cli.verify:verify",
+        options=(
+            option(
+                "--header",
+                metavar="NAME: VALUE",
+                action="append",
+                default=[],
+                help="a header as it arrived; can be repeated",
+            ),
+            option("--headers-file", metavar="PATH", help="a file with all headers, one a line"),
+            option(
+                "--body",
+                metavar="PATH",
+                default="-",
+                help="its body, byte for byte (default: standard input)",
+            ),
+            option(
+                "--secret-file",
+                metavar="PATH",
+                help="the file with the secret to verify with (default: the secret is in $RELAY_SECRET)",
+            ),
+            option("--at", metavar="TIME", help="when it arrived (RFC 3339; default: now)"),
+            JSON,
+        ),
+        examples=(
+            "relay verify --headers-file headers.txt --body body.json --secret-file secret.txt",
+            "relay verify --header 'X-SocialSyncerAPI-Signature: 5d41…' --body body.json",
+        ),
+    ),
+    Command(
         name="healthcheck",
         does="Tell by the exit code whether the relay is ready, for a container's probe.",
         runs="relay.cli.health:healthcheck",

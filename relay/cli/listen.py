@@ -4,17 +4,15 @@ With a script of answers it fails on purpose, to show what the relay makes of it
 """
 
 import asyncio
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 
-from relay.cli.exits import CommandError, Exit
+from relay.cli.exits import Exit
 from relay.cli.output import printable, show_json
 from relay.cli.receiver import Arrival, Receiver
-from relay.cli.verification import standard_key
+from relay.cli.secret import read_secret
 
 
 def listen(arguments: Namespace) -> int:
@@ -54,21 +52,6 @@ def line(arrival: Arrival) -> str:
             f"answered {arrival.answered}",
         ]
     )
-
-
-def read_secret(file: str | None) -> str | None:
-    """Read the secret from the file, else from the environment. Raises CommandError."""
-    try:
-        text = Path(file).read_text() if file is not None else os.environ.get("RELAY_SECRET", "")
-        secret = text.strip()
-        standard_key(secret)
-    except OSError as error:
-        raise CommandError(f"the secret file {file} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # also of a file that is no text
-        raise CommandError(f"the secret cannot be used: {error}") from None
-    if file is not None and not secret:
-        raise CommandError(f"the secret file {file} is empty")
-    return secret or None
 
 
 def say(text: str) -> None:

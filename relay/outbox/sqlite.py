@@ -105,10 +105,13 @@ class SqliteOutbox:
     async def drop_endpoint(self, endpoint: str) -> int:
         number = self._numbers[endpoint]
         self._numbers = {id_: each for id_, each in self._numbers.items() if id_ != endpoint}
-        await self._change(lambda db: statements.keep_endpoint(db, endpoint, None, False))  # noqa: FBT003
-        cancelled = await self._cancel(number)
+        try:
+            await self._change(lambda db: statements.keep_endpoint(db, endpoint, None, False))  # noqa: FBT003
+        except FullError:
+            self._numbers = self._numbers | {endpoint: number}
+            raise
         self._waiting.pop(endpoint, None)
-        return cancelled
+        return await self._cancel(number)
 
     async def accept(self, submissions: Sequence[Submission]) -> list[Receipt]:
         self._gathering.batch.accepts.append(submissions)
@@ -303,7 +306,8 @@ class SqliteOutbox:
             self._waiting[endpoint].rewind(due_ms)
 
     def _number(self, ended: Ended) -> int | None:
-        return self._numbers[ended.endpoint] if ended.endpoint is not None else None
+        """Return the number of the endpoint that is meant, one that nobody has if it is gone by now."""
+        return self._numbers.get(ended.endpoint, 0) if ended.endpoint is not None else None
 
     def _revive(
         self, ended: Ended, after: int, first_ms: int, spacing_ms: float, db: sqlite3.Connection
@@ -318,8 +322,11 @@ class SqliteOutbox:
 
     async def _cancel(self, number: int) -> int:
         cancelled = 0
-        while step := await self._change(lambda db: statements.cancel(db, number, CANCEL_STEP)):
-            cancelled += step
+        try:
+            while step := await self._change(lambda db: statements.cancel(db, number, CANCEL_STEP)):
+                cancelled += step
+        except FullError as error:  # the next start does the rest
+            log.warning("outbox_full", extra={"cancelled": cancelled, "error": str(error)})
         self._pending[number] -= cancelled
         return cancelled
 
