@@ -1,5 +1,6 @@
 """What is written about the relay is true: the README's commands run, and nothing that exists is left out."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -16,7 +17,8 @@ import pytest
 import relay
 from relay.cli import COMMANDS
 from relay.config import load
-from tests.process import free_port
+from tests.process import free_port, relay_process
+from tests.receiver import Receiver
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -110,6 +112,36 @@ def test_the_quickstart_works_as_written(tmp_path):
     assert arrived in out
 
 
+async def test_the_readmes_life_of_an_endpoint_works_with_curl_alone(tmp_path):
+    """Register, test, submit, see it delivered, rotate, pause, resume, replay: to the letter."""
+    if shutil.which("curl") is None:
+        pytest.skip("wants curl")
+    (script,) = block("endpoints", "sh")
+    catalogue = '[events."post.published"]\nsample = { postId = "post_0" }\n'
+    async with Receiver() as receiver:
+        authority = tmp_path / "authority.pem"
+        authority.write_bytes(receiver.authority.cert_pem.bytes())
+        environment = {"SSL_CERT_FILE": str(authority), "RELAY_EGRESS__ALLOW_PRIVATE_FOR_API": "true"}
+        with relay_process(tmp_path, catalogue, environment) as relay:
+            script = script.replace("https://crm.example.com/hooks", receiver.url)
+            script = script.replace("127.0.0.1:8484", f"127.0.0.1:{relay.port}").replace("\n\n", "; echo\n")
+            told = await asyncio.to_thread(
+                subprocess.run,
+                ["bash", "-euo", "pipefail", "-c", script.replace("\ncurl", "; echo\ncurl")],
+                capture_output=True, text=True, check=True, timeout=30,
+            )  # fmt: skip
+            await receiver.wait_for(2)
+    answers = [json.loads(line) for line in told.stdout.splitlines() if line]
+    created, tested, submitted, listed, rotated, paused, resumed, replayed = answers
+    assert created["secret"].startswith("whsec_")
+    assert tested["data"][0]["ok"]
+    assert submitted["endpoints"] == ["crm"]
+    assert listed["data"][0]["id"] == submitted["id"]
+    assert rotated["secret"] != created["secret"]
+    assert (paused["state"], resumed["state"]) == ("paused", "active")
+    assert replayed == {"count": 0, "dry_run": True}
+
+
 SECRET = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 
 
@@ -121,8 +153,8 @@ def signed(body: bytes) -> dict[str, str]:
         id="evt_1", type="a.b", body=body, content_type="application/json", attempt=1, timestamp=1_700_000_000
     )
     headers = {"webhook-id": message.id, "webhook-timestamp": str(message.timestamp)}
-    for scheme in SCHEMES.values():
-        headers |= dict(scheme([Secret(SECRET)])(message))
+    for name in ("standard", "socialsyncer"):
+        headers |= dict(SCHEMES[name]([Secret(SECRET)])(message))
     return headers
 
 
