@@ -39,22 +39,22 @@ def is_binary(headers: Mapping[str, str]) -> bool:
     return not headers.get("Content-Type", "").lower().startswith(MEDIA_TYPES)
 
 
-def structured(value: object, *, pointer: str = "#", traceparent: str | None = None) -> Draft:
+def structured(value: object, *, pointer: str = "#", trace: ingest.Trace | None = None) -> Draft:
     """Read one object that stands at `pointer`. Raises InvalidError."""
     if not isinstance(value, dict):
         raise InvalidError([(pointer, f"must be a CloudEvent: an object with {', '.join(REQUIRED)}")])
     # An attribute that is null is one that is not there (JSON format 2.2).
     attributes = {name: each for name, each in value.items() if each is not None}
-    return _draft(attributes, value.get("data"), str, pointer=pointer, traceparent=traceparent)
+    return _draft(attributes, value.get("data"), str, pointer=pointer, trace=trace)
 
 
-def batched(values: Iterable[object], *, traceparent: str | None = None) -> list[Draft]:
+def batched(values: Iterable[object], *, trace: ingest.Trace | None = None) -> list[Draft]:
     """Read each object of a list. Raises InvalidError with the mistakes of all."""
     drafts: list[Draft] = []
     problems: list[Problem] = []
     for index, value in enumerate(values):
         try:
-            drafts.append(structured(value, pointer=f"#/{index}", traceparent=traceparent))
+            drafts.append(structured(value, pointer=f"#/{index}", trace=trace))
         except InvalidError as error:
             problems += error.problems
     if problems:
@@ -62,7 +62,7 @@ def batched(values: Iterable[object], *, traceparent: str | None = None) -> list
     return drafts
 
 
-def binary(headers: Mapping[str, str], body: bytes, *, traceparent: str | None = None) -> Draft:
+def binary(headers: Mapping[str, str], body: bytes, *, trace: ingest.Trace | None = None) -> Draft:
     """Read headers and body; pointers name the headers. Raises InvalidError and `canonical.NotJSON`."""
     attributes: dict[str, object] = {
         name[3:].lower(): _decoded(value) for name, value in headers.items() if name[:3].lower() == PREFIX
@@ -71,7 +71,7 @@ def binary(headers: Mapping[str, str], body: bytes, *, traceparent: str | None =
     attributes["datacontenttype"] = headers.get("Content-Type", "" if body else None)
     readable = body and _wrong("datacontenttype", attributes["datacontenttype"]) is None
     data = canonical.parse(body) if readable else None
-    return _draft(attributes, data, _header, pointer="#", traceparent=traceparent)
+    return _draft(attributes, data, _header, pointer="#", trace=trace)
 
 
 def _draft(
@@ -80,7 +80,7 @@ def _draft(
     named: Callable[[str], str],
     *,
     pointer: str,
-    traceparent: str | None,
+    trace: ingest.Trace | None,
 ) -> Draft:
     problems = [
         (f"{pointer}/{escaped(named(name))}", wrong)
@@ -94,12 +94,14 @@ def _draft(
     if problems:
         raise InvalidError(problems)
     members = {member: attributes[name] for name, member in MEMBERS.items() if name in attributes}
-    parent = attributes.get("traceparent")  # the extension "Distributed Tracing"
+    # The extension "Distributed Tracing".
+    own = (attributes.get(name) for name in ("traceparent", "tracestate"))
+    parent, state = (value if isinstance(value, str) else None for value in own)
     return Draft(
         value={**members, "data": data},
         pointer=pointer,
         idempotency_key=_idempotency_key(attributes["source"], attributes["id"]),
-        traceparent=traceparent or (ingest.traceparent(parent) if isinstance(parent, str) else None),
+        trace=trace or ingest.trace(parent, state),
     )
 
 

@@ -6,8 +6,8 @@ an outcome is decided in `retry.py`, how to send is `sender.py`'s business, and 
 """
 
 import asyncio
-import hashlib
 import logging
+import os
 import random
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -32,7 +32,11 @@ class Sends(Protocol):
 
 
 class Lane:
-    """Brings one endpoint's deliveries to it."""
+    """Brings one endpoint's deliveries to it.
+
+    `connections` is what all lanes share: as many attempts at once as there are file descriptors for, so that
+    running out of them is nobody's failed attempt.
+    """
 
     def __init__(
         self,
@@ -41,9 +45,11 @@ class Lane:
         outbox: Outbox,
         sender: Sends,
         clock: Clock,
+        connections: asyncio.Semaphore,
         spread: Callable[[], float] = random.random,
     ) -> None:
         self.endpoint = endpoint
+        self._connections = connections
         self._outbox = outbox
         self._sender = sender
         self._clock = clock
@@ -118,10 +124,11 @@ class Lane:
         await self._clock.wait(self._wake, due_ms)
 
     async def _attempt(self, delivery: Delivery) -> None:
-        at_ms = self._clock.now_ms()
         number = delivery.attempts + 1
         try:
-            outcome = await self._outcome(delivery, number, at_ms)
+            async with self._connections:
+                at_ms = self._clock.now_ms()
+                outcome = await self._outcome(delivery, number, at_ms)
         finally:
             self._sending -= 1
             self._wake.set()
@@ -141,18 +148,15 @@ class Lane:
 
     async def _outcome(self, delivery: Delivery, number: int, at_ms: int) -> Outcome:
         event = delivery.event
-        body = formats.event_body(event)
-        if hashlib.sha256(body).digest() != delivery.digest:
+        if formats.digest(event) != delivery.digest or formats.name(delivery.format) not in formats.FORMATS:
             # A bit that flipped on the disk passes SQLite's own checks; it must not be signed as ours.
             return Outcome(milliseconds=0, reason="body_digest")
-        message = Message(
-            id=event.id,
-            type=event.type,
-            body=body,
-            content_type=formats.JSON_TYPE,
-            attempt=number,
-            timestamp=at_ms // 1000,
-        )
+        trace: tuple[tuple[str, str], ...] = ()
+        if event.traceparent is not None:
+            trace = (("traceparent", formats.child(event.traceparent, os.urandom(8))),)
+            if event.tracestate is not None:
+                trace += (("tracestate", event.tracestate),)
+        message = formats.message(event, delivery.format, attempt=number, at_ms=at_ms, trace=trace)
         return await self._sender.send(self.endpoint, message)
 
     def _decide(self, delivery: Delivery, outcome: Outcome) -> Verdict:
@@ -209,7 +213,9 @@ class Lanes:
         lane = self._lanes.get(endpoint.id)
         if lane is None:
             lane = self._lanes[endpoint.id] = self._make(endpoint)
-            if self._tasks is not None:
+            if self._stop.is_set():
+                lane.ended.set()  # it never begins
+            elif self._tasks is not None:
                 self._tasks.create_task(lane.run(), name=f"lane {endpoint.id}")
         lane.change(endpoint, paused=paused)
 

@@ -20,7 +20,7 @@ from relay.clock import Clock
 from relay.config import DeliverySettings, SettingsError, read_api_endpoint
 from relay.model import Endpoint
 from relay.outbox import FullError, KeptEndpoint, Outbox
-from relay.signing import secret_of
+from relay.signing import PRIVATE_KEY, SHARED_KEY, secret_of
 from relay.subscription import Subscriptions
 
 SECRET_BYTES = 32
@@ -182,8 +182,12 @@ class Endpoints:
     async def rotate(self, id_: str, overlap_seconds: float) -> tuple[Registered, str]:
         """Give an endpoint a new secret; the older one goes on signing beside it for the overlap."""
         async with self._one_at_a_time:
-            secret = secret_of(secrets.token_bytes(SECRET_BYTES))
-            return await self._update(self._own(id_), {"secret": secret}, overlap_seconds), secret
+            registered = self._own(id_)
+            live: list[str] = (registered.settings or {})["secrets"]
+            # A private key is followed by a private key: the endpoint's schemes could use no other.
+            kind = PRIVATE_KEY if live[0].startswith(PRIVATE_KEY) else SHARED_KEY
+            secret = secret_of(secrets.token_bytes(SECRET_BYTES), kind)
+            return await self._update(registered, {"secret": secret}, overlap_seconds), secret
 
     async def end_overlaps(self) -> None:
         """Retire older secrets when their overlap is over; until cancelled."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import lru_cache
+from typing import NamedTuple
 
 from relay import canonical, formats
 from relay.catalogue import Catalogue
@@ -27,10 +28,11 @@ LONGEST_KEY = 255
 VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
 QUOTED = re.compile(r'"((?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"')  # RFC 8941 section 3.3.3
 RFC3339 = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(?:\.\d{1,9})?(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
+    r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(?:\.\d{1,40})?(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
     re.ASCII,
 )
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}")  # as much as everyone has to pass on (section 3.3.1.5)
 MEMBERS = ("event", "data", "timestamp", "key", "to")
 
 Problem = tuple[str, str]  # where (a JSON pointer), what is wrong
@@ -44,6 +46,13 @@ class InvalidError(Exception):
         super().__init__("; ".join(f"{pointer}: {detail}" for pointer, detail in self.problems))
 
 
+class Trace(NamedTuple):
+    """What a submission says of the trace it belongs to: its `traceparent` and `tracestate`."""
+
+    parent: str
+    state: str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
     """One posted event as parsed, before it is checked."""
@@ -51,7 +60,7 @@ class Draft:
     value: object
     pointer: str = "#"
     idempotency_key: str | None = None
-    traceparent: str | None = None
+    trace: Trace | None = None
 
 
 class Ingest:
@@ -137,7 +146,8 @@ class Ingest:
             data=data,
             accepted_at_ms=now_ms,
             key=str(key) if key is not None else None,
-            traceparent=draft.traceparent,
+            traceparent=draft.trace.parent if draft.trace is not None else None,
+            tracestate=draft.trace.state if draft.trace is not None else None,
         )
         endpoints = tuple(
             (endpoint.id, endpoint.format)
@@ -193,9 +203,11 @@ def idempotency_key(header: str) -> str:
     return key
 
 
-def traceparent(header: str | None) -> str | None:
-    """Return a valid `traceparent`; a broken one is ignored, as W3C Trace Context section 3.2.2.3 asks."""
-    return header if header is not None and TRACEPARENT.fullmatch(header) else None
+def trace(parent: str | None, state: str | None) -> Trace | None:
+    """Return a valid trace context; a broken one is ignored, as W3C Trace Context section 3.2.2.3 asks."""
+    if parent is None or not TRACEPARENT.fullmatch(parent):
+        return None
+    return Trace(parent, state if state is not None and TRACESTATE.fullmatch(state) else None)
 
 
 def escaped(name: str) -> str:

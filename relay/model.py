@@ -57,7 +57,8 @@ class Event:
     data: bytes  # canonical JSON
     accepted_at_ms: int
     key: str | None = None  # what `order = "key"` orders by
-    traceparent: str | None = None
+    traceparent: str | None = None  # W3C Trace Context, of the submission
+    tracestate: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ class Message:
     content_type: str
     attempt: int  # 1, 2, …
     timestamp: int  # seconds since 1970, made anew for every attempt
-    headers: tuple[tuple[str, str], ...] = ()  # the format's own and `traceparent`
+    headers: tuple[tuple[str, str], ...] = ()  # the format's own and the trace's
 
 
 Headers = Iterable[tuple[str, str]]
@@ -107,7 +108,7 @@ class Endpoint:
     url: str
     events: tuple[str, ...]  # exact types, `prefix.*` or `*`
     sign: tuple[Signer, ...] = field(repr=False)
-    signatures: tuple[str, ...] = ()  # the names of the schemes, for people
+    signatures: tuple[object, ...] = ()  # the names of the schemes, for people
     retry_schedule: tuple[float, ...]  # seconds before the 1st, 2nd, … retry
     timeout_seconds: float  # of one attempt, from the look-up to the last byte read
     concurrency: int

@@ -13,7 +13,7 @@ import orjson
 from relay import canonical, formats
 from relay.clock import Clock
 from relay.ingest import EventIds, iso
-from relay.model import Endpoint, Event, Message, Outcome
+from relay.model import Endpoint, Event, Outcome
 from relay.sender import Sender
 
 
@@ -37,16 +37,11 @@ async def rehearse(
         data=canonical.encode(canonical.parse(orjson.dumps(sample))),
         accepted_at_ms=now_ms,
     )
-    message = Message(
-        id=event.id,
-        type=type_,
-        body=formats.event_body(event),
-        content_type=formats.JSON_TYPE,
-        attempt=1,
-        timestamp=now_ms // 1000,
-    )
     async with asyncio.TaskGroup() as tasks:
-        sent = [tasks.create_task(sender.send(endpoint, message)) for endpoint in endpoints]
+        sent = [
+            tasks.create_task(sender.send(each, formats.message(event, each.format, attempt=1, at_ms=now_ms)))
+            for each in endpoints
+        ]
     return [
         Rehearsed(endpoint=endpoint.id, outcome=each.result())
         for endpoint, each in zip(endpoints, sent, strict=True)

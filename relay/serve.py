@@ -7,10 +7,11 @@ the listener last, so that nothing is taken before it can be kept and delivered.
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from aiohttp import web
@@ -40,6 +41,8 @@ EXIT_CODES: tuple[tuple[type[OutboxError], int], ...] = (
 )
 KEEPALIVE_SECONDS = 75.0
 SOCKET_MODE = 0o660
+OWN_DESCRIPTORS = 32  # outbox, log, listeners, look-ups
+MOST_ATTEMPTS = 20_000  # more would not fit the ports of one address
 
 
 class ListenError(Exception):
@@ -66,7 +69,10 @@ async def serve(config: Config, path: Path) -> None:
         open_outbox(config.outbox.path, synchronous=config.outbox.durability) as outbox,
         open_sender(policy=config.egress.policy, version=__version__) as sender,
     ):
-        lanes = Lanes(lambda endpoint: Lane(endpoint, outbox=outbox, sender=sender, clock=clock))
+        connections = asyncio.Semaphore(attempts_at_once())
+        lanes = Lanes(
+            lambda each: Lane(each, outbox=outbox, sender=sender, clock=clock, connections=connections)
+        )
         catalogue = Catalogue(config.events.values())
         ingest = Ingest(
             outbox=outbox,
@@ -183,44 +189,71 @@ async def site(app: web.Application, address: Address) -> AsyncIterator[tuple[st
     )
     await runner.setup()
     try:
-        listener = bound(address)
-        await web.SockSite(runner, listener, backlog=1024).start()
-        name = listener.getsockname()
-        yield name if isinstance(name, str) else (name[0], name[1])
+        with bound(address) as listener:
+            await web.SockSite(runner, listener, backlog=1024).start()
+            name = listener.getsockname()
+            yield name if isinstance(name, str) else (name[0], name[1])
     finally:
         await runner.cleanup()
-        leave(address)
 
 
-def leave(address: Address) -> None:
-    """Take a unix socket's file away, so that nobody connects to a relay that is gone."""
-    if address.path is not None:
-        Path(address.path).unlink(missing_ok=True)
-
-
-def bound(address: Address) -> socket.socket:
-    """Return a socket bound to the address. Raises ListenError."""
+@contextmanager
+def bound(address: Address) -> Iterator[socket.socket]:
+    """Bind a socket to the address; a unix socket's file goes with it. Raises ListenError."""
     try:
-        if address.path is not None:
-            return bound_unix(Path(address.path))
-        family = socket.AF_INET6 if ":" in (address.host or "") else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address.host, address.port))
+        listener = bound_unix(address.path) if address.path is not None else bound_tcp(address)
     except OSError as error:
         raise ListenError(f"cannot listen on {address}: {error.strerror or error}") from error
+    with listener:
+        made = address.path.stat().st_ino if address.path is not None else None
+        try:
+            yield listener
+        finally:
+            # Only our own: whoever put another in its place is listening there.
+            if address.path is not None and address.path.exists() and address.path.stat().st_ino == made:
+                address.path.unlink()
+
+
+def bound_tcp(address: Address) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address.host, address.port))
+    except OSError:
+        listener.close()
+        raise
     return listener
 
 
 def bound_unix(path: Path) -> socket.socket:
-    """Bind a unix socket that the app's group may use; a socket left by a crash is taken over."""
-    # The outbox is held, so no other relay of this config lives that could still be using it.
+    """Bind a unix socket that the app's group may use; one that a crash left behind is taken over."""
     if path.is_socket():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(str(path)) == 0:
+                raise ListenError(f"cannot listen on unix:{path}: somebody else is listening there")
         path.unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
-    path.chmod(SOCKET_MODE)
+    try:
+        listener.bind(str(path))
+        path.chmod(SOCKET_MODE)
+    except OSError:
+        listener.close()
+        raise
     return listener
+
+
+def attempts_at_once() -> int:
+    """Return how many attempts there are file descriptors for, with as many left for whoever submits.
+
+    The soft limit is raised to the hard one first: it is low for programs that use select(), which we do not.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MOST_ATTEMPTS
+    return max(1, min(MOST_ATTEMPTS, (soft - OWN_DESCRIPTORS) // 2))
 
 
 def loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:

@@ -9,6 +9,7 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
+from multidict import CIMultiDict
 
 from relay.api import bodies, make_app
 from relay.api.guard import LOOPBACK_HOSTS
@@ -274,6 +275,30 @@ async def test_a_batch_is_kept_whole(api):
     assert status == 202
     assert [receipt["duplicate"] for receipt in answer["events"]] == [False, False, True]
     assert len(await api.stored()) == 2
+
+
+async def test_an_idempotency_key_that_would_be_ignored_is_refused(api):
+    """Whoever sends it relies on it."""
+    for path, content in (("/v1/events/batch", {"events": [EVENT]}), ("/v1/events", EVENT)):
+        headers = CIMultiDict(
+            [("Idempotency-Key", "k"), ("Idempotency-Key", "l"), ("Content-Type", "application/json")]
+        )
+        async with api.client.post(api.url + path, data=orjson.dumps(content), headers=headers) as answer:
+            assert answer.status == 422
+            assert b"Idempotency-Key" in await answer.read()
+    assert await api.stored() == []
+
+
+async def test_a_client_that_hangs_up_in_the_middle_is_no_fault_of_ours(api, caplog):
+    with socket.create_connection(api.url.removeprefix("http://").split(":")) as raw:
+        raw.sendall(
+            b"POST /v1/events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 100\r\n\r\n{"
+        )
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)
+    assert await api.stored() == []
+    assert "request_failed" not in caplog.text
 
 
 async def test_a_batch_can_be_lines(api):

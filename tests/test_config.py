@@ -8,11 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from relay.config import Address, Config, ConfigError, find, load, parse_duration, parse_size
+from relay.config import (
+    Address,
+    Config,
+    ConfigError,
+    SettingsError,
+    find,
+    load,
+    parse_duration,
+    parse_size,
+    read_api_endpoint,
+)
 from relay.config.check import keys
 from relay.config.lines import lines_of
-from relay.config.settings import TABLES, DeliverySettings, EndpointSettings, EventSettings
+from relay.config.settings import TABLES, DeliverySettings, EgressSettings, EndpointSettings, EventSettings
 from relay.model import Message, Secret
+from relay.signing import GenericForm
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
 CANARY = "canary-8d3f"
@@ -23,6 +34,7 @@ url = "https://example.com/hooks"
 events = ["*"]
 secret = "s3cret"
 """
+PRIVATE = "whsk_6Xb/dCcHpPea21PS1N9VY/NZW723CEc77N4rJCubMbfVKIDij2HKpMKkioLlX0dRqSKJp4AJ6p9lMicMFs6Kvg=="
 
 Load = Callable[..., Config]
 Problems = Callable[..., tuple[str, ...]]
@@ -73,6 +85,7 @@ def test_every_key_is_read_into_its_field(load_text):
         [server]
         listen = "[::1]:0"
         ops_listen = "unix:/run/relay/ops.sock"
+        source = "https://shop.example/relay#1"
         tokens = ["sk_1", "sk_2"]
         allowed_hosts = ["Relay.internal", "10.0.0.1", "[fd00::1]"]
         max_event_size = "1MiB"
@@ -97,6 +110,7 @@ def test_every_key_is_read_into_its_field(load_text):
     server, outbox, egress, logging = config.server, config.outbox, config.egress, config.logging
     assert server.listen == Address(host="::1", port=0)
     assert server.ops_listen == Address(path=Path("/run/relay/ops.sock"))
+    assert server.source == "https://shop.example/relay#1"
     assert server.tokens == (Secret("sk_1"), Secret("sk_2"))
     assert server.allowed_hosts == ("relay.internal", "10.0.0.1", "fd00::1")
     assert (server.max_event_size, server.shutdown_grace_seconds) == (1_048_576, 90)
@@ -117,6 +131,7 @@ def test_an_endpoint_takes_what_it_does_not_say_from_delivery(load_text):
         timeout = "3s"
         retry_schedule = ["1s", "2s"]
         headers = { "X-Environment" = "staging" }
+        format = "standard"
         [[endpoints]]
         id = "plain"
         url = "https://example.com/a"
@@ -131,7 +146,8 @@ def test_an_endpoint_takes_what_it_does_not_say_from_delivery(load_text):
         timeout = "1500ms"
         retry_schedule = "standard"
         concurrency = 4
-        signatures = ["socialsyncer"]
+        signatures = ["socialsyncer", { header = "X-Mine", encoding = "base64" }]
+        format = "data"
         [endpoints.headers]
         X-Team = "red"
         """
@@ -141,27 +157,121 @@ def test_an_endpoint_takes_what_it_does_not_say_from_delivery(load_text):
     assert (plain.timeout_seconds, plain.retry_schedule, plain.concurrency) == (3, (1, 2), 32)
     assert plain.headers == (("X-Environment", Secret("staging")),)
     assert plain.events == ("post.published", "account.*", "relay.endpoint.down")
-    assert (plain.description, plain.source, len(plain.sign)) == ("the first", "config", 2)
-    assert (own.timeout_seconds, own.concurrency, len(own.sign)) == (1.5, 4, 1)
+    assert (plain.description, plain.source, plain.format) == ("the first", "config", "standard")
+    assert plain.signatures == ("standard", "socialsyncer")
+    assert (own.timeout_seconds, own.concurrency, own.format) == (1.5, 4, "data")
+    assert own.signatures == ("socialsyncer", GenericForm(header="X-Mine", encoding="base64"))
     assert own.retry_schedule == (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
     assert own.headers == (("X-Team", Secret("red")),)
 
 
 def test_secrets_reach_their_schemes_newest_first(load_text):
     """Standard signs with every live secret; socialsyncer has room for one and takes the oldest."""
-    text = ENDPOINT.replace('secret = "s3cret"', 'secrets = ["new", "old"]')
+    both = headers_of(load_text(ENDPOINT.replace('secret = "s3cret"', 'secrets = ["new", "old"]')))
+    old = headers_of(load_text(ENDPOINT.replace("s3cret", "old")))
+    new = headers_of(load_text(ENDPOINT.replace("s3cret", "new")))
+
+    assert both["webhook-signature"] == f"{new['webhook-signature']} {old['webhook-signature']}"
+    one = "X-SocialSyncerAPI-Signature"
+    assert both[one] == old[one] != new[one]
+
+
+def test_private_keys_reach_ed25519_alone_and_its_signature_follows(load_text):
+    """One list of secrets for both, and one header, however the schemes are listed."""
+    text = ENDPOINT.replace('secret = "s3cret"', f'secrets = ["{PRIVATE}", "s3cret"]')
+    both = headers_of(load_text(text + 'signatures = ["standard-ed25519", "standard", "github"]\n'))
+    shared = headers_of(load_text(ENDPOINT + 'signatures = ["standard", "github"]\n'))
+    private = headers_of(
+        load_text(ENDPOINT.replace("s3cret", PRIVATE) + 'signatures = ["standard-ed25519"]\n')
+    )
+
+    joined = f"{shared['webhook-signature']} {private['webhook-signature']}"
+    assert both == shared | {"webhook-signature": joined}
+
+
+def test_the_newest_secret_of_the_api_has_to_do_alone():
+    """When the overlap ends it is the only one: what it cannot sign then is refused now."""
+    settings = {"id": "main", "url": "https://example.com/", "events": ["*"]}
+    policy, defaults = EgressSettings().policy, DeliverySettings()
+
+    rotated = read_api_endpoint(settings | {"secrets": ["new", "old"]}, defaults, policy)
+    with pytest.raises(SettingsError) as caught:
+        read_api_endpoint(
+            settings | {"secrets": ["new", PRIVATE], "signatures": ["standard-ed25519"]}, defaults, policy
+        )
+
+    assert rotated.source == "api"
+    why = "cannot sign as standard-ed25519: none of the secrets is a private key, which begins whsk_"
+    assert caught.value.problems == (("#/secrets", why),)
+
+
+def test_a_generic_form_is_read_with_its_defaults(load_text):
+    """A header's name is enough for the commonest kind: hex of SHA-256, bare."""
+    signatures = """signatures = [
+      "standard", { header = "X-Mine" },
+      { header = "X-Other", prefix = "HMAC ", encoding = "base64", algorithm = "sha512" },
+    ]\n"""
+
+    (endpoint,) = load_text(ENDPOINT + signatures).endpoints
+
+    assert endpoint.signatures == (
+        "standard",
+        GenericForm(header="X-Mine", prefix="", encoding="hex", algorithm="sha256"),
+        GenericForm(header="X-Other", prefix="HMAC ", encoding="base64", algorithm="sha512"),
+    )
+
+
+def test_a_format_that_shows_a_source_keeps_it(load_text):
+    """What is accepted before the source was changed goes out with the one it had."""
+    formats = ("event", "standard", "data", "cloudevents", "cloudevents-binary")
+    texts = [f'[server]\nsource = "/shop"\n{ENDPOINT}format = "{name}"\n' for name in formats]
+
+    kept = [load_text(text).endpoints[0].format for text in texts]
+
+    assert kept == [
+        "event",
+        "standard",
+        "data",
+        "cloudevents;source=/shop",
+        "cloudevents-binary;source=/shop",
+    ]
+    assert load_text(ENDPOINT + 'format = "cloudevents"\n').endpoints[0].format == "cloudevents"
+
+
+@pytest.mark.parametrize(
+    ("source", "accepted"),
+    [
+        ("relay", True),
+        ("/shop/1?a=b#c", True),
+        ("urn:uuid:6e8bc430-9c3a-11d9-9669-0800200c9a66", True),
+        ("https://[::1]/caf%C3%A9", True),
+        ("", False),
+        ("my shop", False),
+        ("café", False),
+        ("100%", False),
+        ("a#b#c", False),
+        ("a" * 256, False),
+    ],
+)
+def test_a_source_is_a_uri_reference(load_text, problems, source, accepted):
+    """CloudEvents 1.0 demands it, and libraries refuse events without."""
+    text = f'[server]\nsource = "{source}"\n'
+
+    if accepted:
+        assert load_text(text).server.source == source
+    else:
+        assert "relay.toml:2: server.source: " in problems(text)[0]
+
+
+def headers_of(config: Config) -> dict[str, str]:
+    """Return what the only endpoint's requests are signed with."""
     message = Message(
         id="evt_1", type="t", body=b"{}", content_type="application/json", attempt=1, timestamp=1
     )
-
-    (both,) = load_text(text).endpoints
-    (old,) = load_text(ENDPOINT.replace("s3cret", "old")).endpoints
-    (new,) = load_text(ENDPOINT.replace("s3cret", "new")).endpoints
-    signed = [[dict(sign(message)) for sign in endpoint.sign] for endpoint in (both, new, old)]
-
-    standard_both, standard_new, standard_old = (headers[0]["webhook-signature"] for headers in signed)
-    assert standard_both == f"{standard_new} {standard_old}"
-    assert signed[0][1] == signed[2][1] != signed[1][1]
+    (endpoint,) = config.endpoints
+    pairs = [pair for sign in endpoint.sign for pair in sign(message)]
+    assert len({name.lower() for name, _ in pairs}) == len(pairs), "a header twice"
+    return dict(pairs)
 
 
 def test_references_are_replaced_once_in_text_values_only(load_text, tmp_path):
@@ -456,8 +566,59 @@ BROKEN = {
     ),
     "an unknown scheme": (
         ENDPOINT + 'signatures = ["standart"]\n',
-        'relay.toml:6: endpoints[0].signatures[0]: "standart" is not one of standard, socialsyncer '
+        'relay.toml:6: endpoints[0].signatures[0]: "standart" is not one of standard, standard-ed25519, '
+        'socialsyncer, svix, stripe, github, shopify, slack (endpoint "main")',
+    ),
+    "a scheme that is neither name nor table": (
+        ENDPOINT + "signatures = [5]\n",
+        "relay.toml:6: endpoints[0].signatures[0]: expected a scheme's name or a table with its header, "
+        'not a bare number (endpoint "main")',
+    ),
+    "a generic form with mistakes": (
+        "[delivery]\nsignatures = [\n  { prefix = ' x', encoding = 'hax', algorithm = 'md5', x = 1 },\n]\n",
+        "relay.toml:3: delivery.signatures[0].x: unknown key; "
+        "known are header, prefix, encoding, algorithm\n"
+        "relay.toml:3: delivery.signatures[0].header: is missing\n"
+        "relay.toml:3: delivery.signatures[0].prefix: is not printable ASCII, or begins with a space\n"
+        'relay.toml:3: delivery.signatures[0].encoding: "hax" is not one of hex, base64\n'
+        'relay.toml:3: delivery.signatures[0].algorithm: "md5" is not one of sha256, sha512, sha1',
+    ),
+    "a generic form in a header of the relay's own": (
+        '[delivery]\nsignatures = [{ header = "Stripe-Signature" }, { header = "a b" }]\n',
+        "relay.toml:2: delivery.signatures[0].header: is a header the relay sets itself\n"
+        "relay.toml:2: delivery.signatures[1].header: is not a name a header can have",
+    ),
+    "a generic form twice": (
+        '[delivery]\nsignatures = [{ header = "X-A" }, { header = "X-A", prefix = "" }]\n',
+        "relay.toml:2: delivery.signatures[1]: is listed twice",
+    ),
+    "two generic forms in one header": (
+        ENDPOINT + 'signatures = [{ header = "X-A" }, { header = "x-a", encoding = "base64" }]\n',
+        "relay.toml:6: endpoints[0].signatures: with these and its headers it would set x-a twice "
         '(endpoint "main")',
+    ),
+    "a generic form in a header that is added": (
+        ENDPOINT + 'signatures = [{ header = "X-A" }]\nheaders = { x-a = "1" }\n',
+        "relay.toml:6: endpoints[0].signatures: with these and its headers it would set x-a twice "
+        '(endpoint "main")',
+    ),
+    "a scheme without a key": (
+        ENDPOINT + 'signatures = ["standard", "standard-ed25519"]\n',
+        "relay.toml:5: endpoints[0].secret: cannot sign as standard-ed25519: "
+        'none of the secrets is a private key, which begins whsk_ (endpoint "main")',
+    ),
+    "schemes without a key beside a private one": (
+        ENDPOINT.replace("s3cret", PRIVATE)
+        + 'signatures = ["standard-ed25519", "stripe", { header = "X-A" }]\n',
+        "relay.toml:5: endpoints[0].secret: cannot sign as stripe: "
+        'it needs a secret besides those that begin whsk_ (endpoint "main")\n'
+        "relay.toml:5: endpoints[0].secret: cannot sign as X-A: "
+        'it needs a secret besides those that begin whsk_ (endpoint "main")',
+    ),
+    "an unknown format": (
+        ENDPOINT + 'format = "cloudevent"\n',
+        'relay.toml:6: endpoints[0].format: "cloudevent" is not one of event, standard, cloudevents, '
+        'cloudevents-binary, data (endpoint "main")',
     ),
     "a scheme listed twice": (
         '[delivery]\nsignatures = ["standard", "standard"]\n',

@@ -81,7 +81,16 @@ def sender() -> ScriptedSender:
 def run_lanes(outbox, clock, sender):
     @asynccontextmanager
     async def running(*endpoints: Endpoint, grace: float = 5.0) -> AsyncIterator[Lanes]:
-        lanes = Lanes(lambda each: Lane(each, outbox=outbox, sender=sender, clock=clock, spread=lambda: 0.5))
+        lanes = Lanes(
+            lambda each: Lane(
+                each,
+                outbox=outbox,
+                sender=sender,
+                clock=clock,
+                connections=asyncio.Semaphore(1000),
+                spread=lambda: 0.5,
+            )
+        )
         for each in endpoints:
             await lanes.keep(each, paused=False)
         async with asyncio.TaskGroup() as tasks:
@@ -147,6 +156,25 @@ async def test_no_more_than_its_slots_are_sent_at_once(outbox, sender, run_lanes
         await until(lambda: outbox._pending[1] == 0)
     assert sender.most_at_once == 3
     assert len({message.id for message in sender.messages}) == len(sender.messages) == 20
+
+
+async def test_all_lanes_together_attempt_no_more_than_there_are_descriptors_for(outbox, sender, clock):
+    """Running out of descriptors would be a failed attempt of whoever comes last."""
+    sender.open.clear()
+    shared = asyncio.Semaphore(3)
+    lanes = Lanes(lambda each: Lane(each, outbox=outbox, sender=sender, clock=clock, connections=shared))
+    for id_ in ("main", "other"):
+        await lanes.keep(endpoint(id_), paused=False)
+    await outbox.accept([submission(f"{n}", "main", "other") for n in range(10)])
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(lanes.run())
+        await until(lambda: sender.sending == 3)
+        await asyncio.sleep(0.02)
+        sender.open.set()
+        await until(lambda: outbox._pending[1] == outbox._pending[2] == 0)
+        lanes.stop(1.0)
+    assert sender.most_at_once == 3
+    assert {message.attempt for message in sender.messages} == {1}
 
 
 async def test_one_endpoint_that_hangs_does_not_hold_another(outbox, run_lanes, sender):
@@ -237,7 +265,11 @@ async def test_a_fault_of_our_own_ends_the_lanes_loudly(outbox, clock, run_lanes
             raise ZeroDivisionError
 
     await outbox.accept([submission("a")])
-    lanes = Lanes(lambda each: Lane(each, outbox=outbox, sender=Faulty(), clock=clock))
+    lanes = Lanes(
+        lambda each: Lane(
+            each, outbox=outbox, sender=Faulty(), clock=clock, connections=asyncio.Semaphore(1000)
+        )
+    )
     await lanes.keep(endpoint(), paused=False)
     with pytest.raises(ExceptionGroup):
         await lanes.run()

@@ -1,6 +1,7 @@
 """The register on a real outbox with real lanes: merging, conflicts, rotation, restarts and races."""
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import random
@@ -74,7 +75,11 @@ async def house(
     defaults: DeliverySettings = DeliverySettings(),  # noqa: B008 - frozen
 ) -> AsyncIterator[House]:
     sender = NotingSender()
-    lanes = Lanes(lambda each: Lane(each, outbox=outbox, sender=sender, clock=clock))
+    lanes = Lanes(
+        lambda each: Lane(
+            each, outbox=outbox, sender=sender, clock=clock, connections=asyncio.Semaphore(1000)
+        )
+    )
     ingest = Ingest(outbox=outbox, subscriptions=Subscriptions([]), clock=clock, wake=lanes.wake)
     endpoints = Endpoints(
         configured=configured,
@@ -700,3 +705,13 @@ async def caught(change) -> object:
         return await change
     except UnknownEndpointError as error:
         return type(error)
+
+
+async def test_an_endpoint_of_private_keys_is_given_a_private_key(outbox, clock):
+    """Its scheme could use no other, so a shared secret would end its signing."""
+    async with house(outbox, clock) as here:
+        seed = "whsk_" + base64.b64encode(bytes(range(32))).decode()
+        values = {"url": "https://a.example/", "events": ["*"], "secret": seed}
+        registered, _ = await here.endpoints.put(values | {"signatures": ["standard-ed25519"]})
+        _, secret = await here.endpoints.rotate(registered.endpoint.id, 3600.0)
+    assert secret.startswith("whsk_")

@@ -6,6 +6,7 @@ import hmac
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -247,6 +248,30 @@ async def test_a_unix_socket_is_for_the_owner_and_the_group(tmp_path, receiver):
         await receiver.wait_for(1)
         assert await asyncio.to_thread(relay.stop) == 0
         assert not path.exists()
+
+
+@pytest.mark.parametrize("taken", ["a file", "somebody's socket"])
+async def test_what_lies_where_the_unix_socket_should_be_is_left_alone(tmp_path, receiver, taken):
+    """A slip in the config must not cost a file, nor another relay its listener."""
+    path = tmp_path / "relay.sock"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if taken == "a file":
+        path.write_text("precious")
+    else:
+        listener.bind(str(path))
+        listener.listen()
+    with relay_process(tmp_path, config(receiver), start=False) as relay:
+        refused = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "relay", "serve", "--config", str(relay.config)],
+            env=relay.environment | {"RELAY_SERVER__LISTEN": f"unix:{path}"},
+            capture_output=True, text=True, timeout=20, check=False,
+        )  # fmt: skip
+    listener.close()
+    assert refused.returncode == 1
+    assert f"cannot listen on unix:{path}" in refused.stderr
+    assert path.exists()
+    assert path.is_socket() or path.read_text() == "precious"
 
 
 @pytest.fixture(autouse=True)

@@ -71,6 +71,21 @@ async def test_a_second_relay_is_refused_and_told_by_whom(path):
         pass
 
 
+async def test_another_name_of_the_same_outbox_is_the_same_outbox(path):
+    """Two relays on one file, each with a lock of its own, would deliver everything twice."""
+    link = path.with_name("link.db")
+    link.symlink_to(path)
+    async with open_outbox(path):
+        with pytest.raises(HeldError):
+            async with open_outbox(link):
+                raise AssertionError
+    link.unlink()
+    link.hardlink_to(path)
+    with pytest.raises(DamagedError, match="has another name too"):
+        async with open_outbox(link):
+            raise AssertionError
+
+
 async def test_a_newer_schema_is_refused_and_not_touched(path):
     async with open_outbox(path):
         pass
@@ -156,7 +171,7 @@ ENDED = [Ended(event_id="evt_1"), *(Ended(endpoint="main", state=state) for stat
 HOT = {
     "accept": lambda db: (
         statements.insert_events(
-            db, [(n, f"e{n}", "t", "z", b"1", b"d", NOW, None, None, f"k{n}", b"f") for n in (501, 502)]
+            db, [(n, f"e{n}", "t", "z", b"1", b"d", NOW, None, None, None, f"k{n}", b"f") for n in (501, 502)]
         ),
         statements.insert_deliveries(db, [(501, 1, NOW, "event"), (502, 1, NOW, "event")]),
     ),
@@ -233,6 +248,26 @@ async def test_a_full_disk_refuses_events_and_keeps_outcomes(path):
         await outbox._run(lambda db: db.execute("PRAGMA max_page_count = 1000000").fetchone())
         await outbox.accept([submission("big", data=b'"%b"' % (b"x" * 200_000))])
         assert outbox.trouble() is None
+
+
+async def test_a_reserve_of_the_disk_is_kept_for_outcomes(path, monkeypatch):
+    """Soft before hard: once the disk is really full, what was accepted could not go out either."""
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        await outbox.accept([submission("a")])
+        (claimed,) = await outbox.claim("main", 1, NOW)
+        monkeypatch.setattr("relay.outbox.holding.RESERVED_BYTES", 1 << 60)
+        monkeypatch.setattr("relay.outbox.holding.RESERVED_SHARE", 1)
+
+        with pytest.raises(FullError, match="there is no room"):
+            await outbox.accept([submission("b")])
+        assert "there is no room" in outbox.trouble()
+        await outbox.record(claimed, attempt(claimed), DELIVERED)
+
+        monkeypatch.undo()
+        assert outbox.trouble() is None
+        await outbox.accept([submission("b")])
+        assert (await outbox.story("evt_a")).deliveries[0].state is State.DELIVERED
 
 
 async def test_outcomes_that_find_no_room_are_written_once_there_is(path, monkeypatch):

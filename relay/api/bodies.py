@@ -2,7 +2,9 @@
 
 import asyncio
 
+import aiohttp
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from relay import canonical
 from relay.api.problems import Problem
@@ -35,6 +37,9 @@ async def read(request: web.Request, limit: int) -> bytes:
         raise Problem(
             408, f"the body did not arrive within {BODY_SECONDS:.0f} s", headers={"Connection": "close"}
         ) from None
+    except (ConnectionError, aiohttp.ClientError, HttpProcessingError, web.RequestPayloadError):
+        # Nobody is left to read this; it only keeps a stranger's hang-up from looking like our fault.
+        raise Problem(400, "the body broke off") from None
     return b"".join(chunks)
 
 

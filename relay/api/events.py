@@ -12,7 +12,7 @@ from relay.api.answers import Mistake, answer, invalid, page, unavailable
 from relay.api.problems import Problem
 from relay.api.selection import read_query, unknown
 from relay.api.state import State
-from relay.ingest import Draft, InvalidError, idempotency_key, iso, traceparent
+from relay.ingest import Draft, InvalidError, Trace, idempotency_key, iso, trace
 from relay.model import Attempt, Receipt
 from relay.outbox import ConflictError, DeliveryStory, Ended, Story
 
@@ -60,6 +60,8 @@ class Events:
 
     async def submit(self, request: web.Request) -> web.Response:
         way = _way(request)
+        if len(request.headers.getall("Idempotency-Key", ())) > 1:
+            raise invalid([("#", "the header Idempotency-Key is there twice")])
         body = await bodies.read(request, self._state.max_event_size)
         try:
             draft = way.read(request.headers, body)
@@ -72,13 +74,17 @@ class Events:
 
     async def submit_batch(self, request: web.Request) -> web.Response:
         media_type = bodies.content_type(request, bodies.JSON, bodies.NDJSON, cloudevents.BATCHED)
+        if "Idempotency-Key" in request.headers:
+            raise invalid(
+                [("#", "the header Idempotency-Key is for one event: give each its idempotency_key")]
+            )
         body = await bodies.read(request, LARGEST_BATCH)
         values, prefix = BATCHES[media_type](body)
         if len(values) > MOST_IN_BATCH:
             raise invalid([("#", f"holds {len(values)} events, at most {MOST_IN_BATCH} are taken at once")])
         if len(body) > self._state.max_event_size:
             self._refuse_large(values, prefix)
-        parent = traceparent(request.headers.get("traceparent"))
+        parent = _trace(request.headers)
         if media_type == cloudevents.BATCHED:
             receipts = await self._keep(_cloudevents(values, parent), STRUCTURED)
         else:
@@ -148,6 +154,10 @@ class Events:
             raise Problem(413, f"one event may have {limit} bytes", errors=large)
 
 
+def _trace(headers: Mapping[str, str]) -> Trace | None:
+    return trace(headers.get("traceparent"), headers.get("tracestate"))
+
+
 def _way(request: web.Request) -> Way:
     """Return how to read what is submitted. Raises 415, and 422 for two idempotency keys."""
     if cloudevents.is_binary(request.headers):
@@ -167,16 +177,16 @@ def _read(headers: Mapping[str, str], body: bytes) -> Draft:
     return Draft(
         value=canonical.parse(body),
         idempotency_key=idempotency_key(key) if key is not None else None,
-        traceparent=traceparent(headers.get("traceparent")),
+        trace=_trace(headers),
     )
 
 
 def _read_structured(headers: Mapping[str, str], body: bytes) -> Draft:
-    return cloudevents.structured(canonical.parse(body), traceparent=traceparent(headers.get("traceparent")))
+    return cloudevents.structured(canonical.parse(body), trace=_trace(headers))
 
 
 def _read_binary(headers: Mapping[str, str], body: bytes) -> Draft:
-    return cloudevents.binary(headers, body, traceparent=traceparent(headers.get("traceparent")))
+    return cloudevents.binary(headers, body, trace=_trace(headers))
 
 
 JSON = Way(read=_read, words=ORDINARY)
@@ -238,14 +248,14 @@ def _lines(body: bytes) -> tuple[list[canonical.JSON], str]:
 BATCHES = {bodies.JSON: _members, bodies.NDJSON: _lines, cloudevents.BATCHED: _elements}
 
 
-def _cloudevents(values: list[canonical.JSON], parent: str | None) -> list[Draft]:
+def _cloudevents(values: list[canonical.JSON], parent: Trace | None) -> list[Draft]:
     try:
-        return cloudevents.batched(values, traceparent=parent)
+        return cloudevents.batched(values, trace=parent)
     except InvalidError as error:
         raise invalid(error.problems) from None
 
 
-def _drafts(values: list[canonical.JSON], prefix: str, parent: str | None) -> list[Draft]:
+def _drafts(values: list[canonical.JSON], prefix: str, parent: Trace | None) -> list[Draft]:
     drafts: list[Draft] = []
     mistakes: list[Mistake] = []
     for index, value in enumerate(values):
@@ -259,7 +269,7 @@ def _drafts(values: list[canonical.JSON], prefix: str, parent: str | None) -> li
                 mistakes.append(
                     (f"{prefix}{index}/idempotency_key", "must be 1 to 255 visible ASCII characters")
                 )
-        drafts.append(Draft(value=value, pointer=f"{prefix}{index}", idempotency_key=key, traceparent=parent))
+        drafts.append(Draft(value=value, pointer=f"{prefix}{index}", idempotency_key=key, trace=parent))
     if mistakes:
         raise invalid(mistakes)
     return drafts

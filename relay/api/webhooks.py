@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from relay import formats
 from relay.api import bodies
 from relay.api.answers import Mistake, answer, invalid, page, unavailable
 from relay.api.problems import Problem
@@ -188,7 +189,7 @@ def shown(
         "last_failure_at": _at(past.last_failure_at_ms) if past else None,
         "last_error": past.last_error if past else None,
         "description": endpoint.description,
-        "format": endpoint.format,
+        "format": formats.name(endpoint.format),
         "signatures": endpoint.signatures,
         "headers": {name: MASK for name, _ in endpoint.headers},
         "timeout": duration(endpoint.timeout_seconds),

@@ -6,13 +6,13 @@ in the relay reads the config or the environment.
     lines      where each key stands in the text
     source     file + overrides + substitution -> raw tables
     check      raw tables -> values, noting what is wrong
-    quantity, address, header, values     what single values mean
+    quantity, address, header, signature, values     what single values mean
     settings   which keys there are
     endpoint   [[endpoints]] -> relay.model.Endpoint
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,7 +118,7 @@ def _is_there(path: Path) -> bool:
 def _config(tables: Mapping[str, Any], report: Report) -> Config:
     refuse_unknown(tables, [*TABLES, "endpoints", "events"], (), report)
     server = _table(Server, "server", tables, report)
-    delivery = _table(DeliverySettings, "delivery", tables, report)
+    delivery = replace(_table(DeliverySettings, "delivery", tables, report), source=server.source)
     rules = _table(EgressSettings, "egress", tables, report)
     _check_listening(server, report)
     return Config(

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from relay import egress
+from relay import egress, formats
 from relay.config.check import Report, has_type, read_table
 from relay.config.lines import Place
 from relay.config.settings import DeliverySettings, EndpointSettings
 from relay.model import Endpoint, Secret, Signer
-from relay.signing import SCHEMES, UnusableSecretError
+from relay.signing import GenericForm, UnusableSecretError, scheme_of, together
 
 
 def read_endpoints(
@@ -41,7 +41,10 @@ def read_api_endpoint(
     """Read the settings of an endpoint of the API by the same rules. Raises SettingsError."""
     report = Report()
     endpoint = _endpoint(settings, (), delivery, policy, report)
-    if endpoint is None:
+    if endpoint is not None and "secrets" in settings:
+        # The newest remains alone when a rotation's overlap ends, and has to do for every scheme then.
+        _endpoint({**settings, "secrets": settings["secrets"][:1]}, (), delivery, policy, report)
+    if endpoint is None or report.found:
         raise SettingsError(tuple((_pointer(place), text) for place, text in report.found))
     return replace(endpoint, source="api")
 
@@ -68,6 +71,7 @@ def _endpoint(
         problem = egress.check_url(own["url"], policy)
         if problem is not None:
             report.wrong((*at, "url"), problem)
+    _check_headers(how, at, report)
     sign = _signers(table, own, how, at, report)
     if not report.clean(at):
         return None
@@ -81,6 +85,7 @@ def _endpoint(
         retry_schedule=how.retry_schedule,
         timeout_seconds=how.timeout_seconds,
         concurrency=how.concurrency,
+        format=formats.fixed(how.format, how.source),
         headers=how.headers,
     )
 
@@ -101,9 +106,18 @@ def _signers(
         return ()
     secrets: tuple[Secret, ...] = own["secrets"] if name == "secrets" else (own["secret"],)
     signers: list[Signer] = []
-    for scheme in how.signatures:
+    # The standard has an asymmetric signature follow the symmetric ones.
+    for signature in sorted(how.signatures, key=lambda signature: signature == "standard-ed25519"):
         try:
-            signers.append(SCHEMES[scheme](secrets))
+            signers.append(scheme_of(signature)(secrets))
         except UnusableSecretError as error:
-            report.wrong((*at, name), f"cannot sign as {scheme}: {error}")
-    return tuple(signers)
+            report.wrong((*at, name), f"cannot sign as {signature}: {error}")
+    return (together(signers),)
+
+
+def _check_headers(how: DeliverySettings, at: Place, report: Report) -> None:
+    """Note every header that would be there twice: it would be left to the receiver which one counts."""
+    names = [name.lower() for name, _ in how.headers]
+    names += [each.header.lower() for each in how.signatures if isinstance(each, GenericForm)]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        report.wrong((*at, "signatures"), f"with these and its headers it would set {name} twice")

@@ -9,21 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from relay import egress
+from relay import egress, formats
 from relay.config.address import Address, parse_address, parse_host, parse_network, parse_path
 from relay.config.check import ListOf, Report, Scalar, has_type
 from relay.config.header import HeaderTable
 from relay.config.lines import Place
 from relay.config.quantity import duration_between, number_between, one_of, size_between
+from relay.config.signature import SignatureEntry
 from relay.config.values import (
     parse_endpoint_id,
     parse_json,
     parse_secret,
+    parse_source,
     parse_subscription,
     parse_token,
 )
 from relay.model import Secret
-from relay.signing import SCHEMES
+from relay.signing import Signature
 
 # The delays before each retry, Standard Webhooks 1.0.0, "Deliverability and reliability".
 STANDARD_SCHEDULE = (5.0, 300.0, 1_800.0, 7_200.0, 18_000.0, 36_000.0, 50_400.0, 72_000.0, 86_400.0)
@@ -69,10 +71,12 @@ _HOSTS = ListOf(Scalar(str, "a host name", parse_host), "a list of host names")
 _NETWORKS = ListOf(Scalar(str, 'a range such as "10.1.0.0/16"', parse_network), "a list of address ranges")
 _PORTS = ListOf(_number(1, 65535), "a list of ports", at_least=1)
 _EVENT_SIZE = Scalar(str, 'a size with its unit, such as "256KiB"', size_between("1B", "16MiB"))
+_SOURCE = Scalar(str, "a URI reference", parse_source)
 _TOKENS = ListOf(Scalar(str, "text", parse_token), "a list of tokens")
 _SECRET = Scalar(str, "text", parse_secret)
 _SECRETS = ListOf(_SECRET, "a list of secrets", at_least=1)
-_SIGNATURES = ListOf(_word(*SCHEMES), "a list of schemes", at_least=1, distinct=True)
+_SIGNATURES = ListOf(SignatureEntry(), "a list of schemes", at_least=1, distinct=True)
+_FORMAT = _word(*formats.FORMATS)
 _ENDPOINT_ID = Scalar(str, "text", parse_endpoint_id)
 _EVENTS = ListOf(Scalar(str, "an event type", parse_subscription), "a list of event types", at_least=1)
 _JSON = Scalar(object, "a value", parse_json)
@@ -84,6 +88,7 @@ class Server:
 
     listen: Annotated[Address, _ADDRESS] = _LOOPBACK
     ops_listen: Annotated[Address | None, _ADDRESS] = None
+    source: Annotated[str, _SOURCE] = formats.DEFAULT_SOURCE
     tokens: Annotated[tuple[Secret, ...], _TOKENS] = ()
     allowed_hosts: Annotated[tuple[str, ...], _HOSTS] = ()
     max_event_size: Annotated[int, _EVENT_SIZE] = 256 * 1024
@@ -108,7 +113,9 @@ class DeliverySettings:
     timeout_seconds: Annotated[float, _duration("1ms", "1h"), "timeout"] = 15.0
     retry_schedule: Annotated[tuple[float, ...], _RetrySchedule()] = (5.0, 300.0, 18_000.0)
     concurrency: Annotated[int, _number(1, 1000)] = 32
-    signatures: Annotated[tuple[str, ...], _SIGNATURES] = ("standard", "socialsyncer")
+    signatures: Annotated[tuple[Signature, ...], _SIGNATURES] = ("standard", "socialsyncer")
+    format: Annotated[str, _FORMAT] = "event"
+    source: str = formats.DEFAULT_SOURCE  # no key: that of [server], which formats show
     headers: Annotated[tuple[tuple[str, Secret], ...], HeaderTable()] = ()
 
 

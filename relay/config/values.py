@@ -1,4 +1,4 @@
-"""Names of events and endpoints, secrets, and samples: a raw value in, a checked one out.
+"""Names of events, endpoints and the relay, secrets, and samples: a raw value in, a checked one out.
 
 Pure; `WrongValueError` says why a value will not do.
 """
@@ -20,6 +20,8 @@ _OWN_EVENTS = (
 )
 _ENDPOINT_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
+_URI_CHARACTER = r"(?:[A-Za-z0-9._~:/?@!$&'()*+,;=\[\]-]|%[0-9A-Fa-f]{2})"
+_SOURCE = re.compile(rf"(?=.{{1,255}}\Z){_URI_CHARACTER}+(?:#{_URI_CHARACTER}*)?")
 _SAMPLE_DEPTH = 64  # levels, `data` the first (contract 3)
 
 
@@ -51,6 +53,16 @@ def parse_subscription(text: str) -> str:
     if "*" in prefix:
         raise WrongValueError(f'{quoted(text)}: a * stands alone or ends a prefix, as in "post.*"')
     parse_event_type(prefix)
+    return str(text)
+
+
+def parse_source(text: str) -> str:
+    """Read a URI reference (RFC 3986): where CloudEvents come from."""
+    if not _SOURCE.fullmatch(text):
+        raise WrongValueError(
+            f'{quoted(text)} is not a URI reference of 1 to 255 characters, such as "relay", "/shop" '
+            'or "https://shop.example/relay"'
+        )
     return str(text)
 
 

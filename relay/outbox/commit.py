@@ -168,7 +168,8 @@ def _insert(
         seq, event = written.last_seq, submission.event
         events.append(
             (seq, event.id, event.type, event.timestamp, event.data, submission.digest, event.accepted_at_ms,
-             event.key, event.traceparent, submission.idempotency_key, submission.fingerprint)
+             event.key, event.traceparent, event.tracestate, submission.idempotency_key,
+             submission.fingerprint)
         )  # fmt: skip
         for endpoint, format_ in submission.endpoints:
             number = numbers[endpoint]

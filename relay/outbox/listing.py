@@ -14,7 +14,7 @@ from relay.outbox import DeliveryStory, Page, Query, Story
 from relay.outbox.statements import CODES, STATES
 
 EXAMINED = 300
-EVENT = "SELECT seq, id, type, timestamp, data, accepted_at, key, traceparent FROM events"
+EVENT = "SELECT seq, id, type, timestamp, data, accepted_at, key, traceparent, tracestate FROM events"
 END = 1 << 62
 
 
@@ -96,10 +96,10 @@ def _matches(query: Query, found: Story) -> bool:
 
 
 def _story(db: sqlite3.Connection, row: Any) -> Story:
-    seq, id_, type_, timestamp, data, accepted_at, key, trace = row
+    seq, id_, type_, timestamp, data, accepted_at, key, parent, state = row
     event = Event(
         id=id_, type=type_, timestamp=timestamp, data=data,
-        accepted_at_ms=accepted_at, key=key, traceparent=trace,
+        accepted_at_ms=accepted_at, key=key, traceparent=parent, tracestate=state,
     )  # fmt: skip
     deliveries = db.execute(
         "SELECT d.endpoint, p.id, d.state, d.due, d.attempts, d.at, d.milliseconds, d.status, d.answer"

@@ -34,6 +34,7 @@ VERSION_1 = (
         accepted_at INTEGER NOT NULL,
         key TEXT,
         traceparent TEXT,
+        tracestate TEXT,
         idempotency_key TEXT,
         fingerprint BLOB
     ) STRICT""",

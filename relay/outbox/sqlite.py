@@ -39,7 +39,7 @@ from relay.outbox import (
     statements,
 )
 from relay.outbox.commit import Batch, Written, write
-from relay.outbox.holding import held
+from relay.outbox.holding import held, short_of_room
 from relay.outbox.waiting import Waiting
 
 log = logging.getLogger("relay.outbox")
@@ -174,7 +174,7 @@ class SqliteOutbox:
             after = step.after
 
     def trouble(self) -> str | None:
-        return self._trouble
+        return self._trouble or short_of_room(self._path)
 
     async def backlog(self) -> dict[str, Backlog]:
         return {
@@ -216,6 +216,7 @@ class SqliteOutbox:
             for _ in range(GATHERING_PASSES):
                 await asyncio.sleep(0)
             gathered, self._gathering = self._gathering, Gathering()
+            self._refuse_without_room(gathered)
             try:
                 written = await self._run(write, gathered.batch, self._numbers, self._last_seq)
             except FullError as error:
@@ -226,6 +227,12 @@ class SqliteOutbox:
                 raise
             else:
                 self._settle(gathered, written)
+
+    def _refuse_without_room(self, gathered: Gathering) -> None:
+        """Refuse new events while only as much room is left as the outcomes of the accepted ones may need."""
+        if gathered.accepts and (trouble := short_of_room(self._path)):
+            _break(gathered.accepts, FullError(trouble))
+            gathered.accepts, gathered.batch.accepts = [], []
 
     def close(self) -> None:
         self._closing = True
@@ -371,13 +378,13 @@ def _translated(error: sqlite3.Error, path: Path) -> Exception:
 @asynccontextmanager
 async def open_sqlite(path: Path, *, synchronous: str) -> AsyncIterator[SqliteOutbox]:
     """Hold the file and open it; closed again, with all that waits written, on the way out."""
-    with held(path):
+    with held(path) as own:
         try:
-            db = await aiosqlite.connect(path, isolation_level=None, cached_statements=256)
+            db = await aiosqlite.connect(own, isolation_level=None, cached_statements=256)
         except sqlite3.Error as error:
-            raise _translated(error, path) from error
+            raise _translated(error, own) from error
         try:
-            outbox = SqliteOutbox(db, path)
+            outbox = SqliteOutbox(db, own)
             await outbox.start(synchronous)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(outbox.commit_batches())

@@ -40,7 +40,7 @@ def insert_events(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
     _wide(
         db,
         "INSERT INTO events (seq, id, type, timestamp, data, digest, accepted_at, key, traceparent,"
-        " idempotency_key, fingerprint) VALUES",
+        " tracestate, idempotency_key, fingerprint) VALUES",
         rows,
     )
 
@@ -90,7 +90,7 @@ def endpoints_of(db: sqlite3.Connection, seq: int) -> tuple[str, ...]:
 
 CLAIM = """
     SELECT d.due, d.event, d.format, d.attempts, d.steps,
-           e.id, e.type, e.timestamp, e.data, e.accepted_at, e.key, e.traceparent, e.digest
+           e.id, e.type, e.timestamp, e.data, e.accepted_at, e.key, e.traceparent, e.tracestate, e.digest
     FROM deliveries d CROSS JOIN events e ON e.seq = d.event
     WHERE d.endpoint = ? AND d.state = 0 AND d.due <= ? AND (d.due, d.event) > (?, ?)
     ORDER BY d.due, d.event LIMIT ?"""
@@ -113,10 +113,12 @@ def look(
 
 def delivery(row: Any, number: int, endpoint: str) -> Delivery:
     """Make a delivery of a row of `look`."""
-    _, seq, format_, attempts, steps, id_, type_, timestamp, data, accepted_at, key, trace, digest = row
+    _, seq, format_, attempts, steps, id_, type_, timestamp, data, accepted_at, key, parent, state, digest = (
+        row
+    )
     event = Event(
         id=id_, type=type_, timestamp=timestamp, data=data,
-        accepted_at_ms=accepted_at, key=key, traceparent=trace,
+        accepted_at_ms=accepted_at, key=key, traceparent=parent, tracestate=state,
     )  # fmt: skip
     return Delivery(
         handle=(seq, number), event=event, endpoint=endpoint, format=format_,
