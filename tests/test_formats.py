@@ -1,5 +1,6 @@
 """Formats: what an event looks like on the wire, the same on every attempt."""
 
+import asyncio
 import json
 from dataclasses import replace
 from urllib.parse import unquote
@@ -157,7 +158,7 @@ async def test_a_format_that_changed_on_the_disk_is_not_sent(outbox):
         timeout_seconds=15.0, concurrency=1,
     )  # fmt: skip
     sender = ScriptedSender()
-    lane = Lane(main, outbox=outbox, sender=sender, clock=MovedClock())
+    lane = Lane(main, outbox=outbox, sender=sender, clock=MovedClock(), connections=asyncio.Semaphore(1))
 
     refused = await lane._outcome(delivery, 1, START_MS)
     sent = await lane._outcome(replace(delivery, format="event"), 1, START_MS)
