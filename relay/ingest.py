@@ -20,10 +20,8 @@ from relay.catalogue import Catalogue
 from relay.clock import Clock
 from relay.model import Event, Receipt, Submission
 from relay.outbox import Outbox
-from relay.subscription import OWN_PREFIX, Subscriptions
+from relay.subscription import EVENT_TYPE, EVENT_TYPE_LENGTH, OWN_PREFIX, Subscriptions
 
-TYPE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-LONGEST_TYPE = 128
 LONGEST_KEY = 255
 VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
 QUOTED = re.compile(r'"((?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"')  # RFC 8941 section 3.3.3
@@ -222,7 +220,7 @@ def _wrong_idempotency_key(value: object) -> str | None:
 
 
 def _wrong_type(value: object) -> str | None:
-    if not isinstance(value, str) or len(value) > LONGEST_TYPE or not TYPE.fullmatch(value):
+    if not isinstance(value, str) or len(value) > EVENT_TYPE_LENGTH or not EVENT_TYPE.fullmatch(value):
         return "must be 1 to 128 of A-Z a-z 0-9 _ - in dot-separated parts, like post.published"
     if value.startswith(OWN_PREFIX):
         return "relay.* is the relay's own: choose another name"

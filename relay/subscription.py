@@ -4,11 +4,14 @@ An index by exact type and by prefix, so the cost of an event does not grow with
 not want it (contract section 4).
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from relay.model import Endpoint
 
+EVENT_TYPE = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")  # at most so long:
+EVENT_TYPE_LENGTH = 128
 OWN_PREFIX = "relay."  # the relay's own events; patterns do not match them
 REMEMBERED_TYPES = 1024
 

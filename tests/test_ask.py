@@ -106,3 +106,30 @@ def test_a_relay_that_is_not_there_is_said_in_one_sentence():
     told = relay("status", "--url", "http://127.0.0.1:9")
     assert (told.returncode, told.stdout) == (69, "")
     assert told.stderr == "relay: no relay answers at http://127.0.0.1:9: Connection refused\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["send", "a.b"],
+        ["test", "a.b"],
+        ["status"],
+        ["events"],
+        ["show", "evt_1"],
+        ["replay", "evt_1"],
+        ["endpoints"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_commands_that_ask_import_neither_aiohttp_nor_the_config(arguments):
+    """They are called in loops and by probes, and either takes longer than all the rest."""
+    script = (
+        "import sys; from relay.cli import main; code = main(sys.argv[1:])\n"
+        "print(code, sorted({'aiohttp', 'relay.config', 'orjson'} & set(sys.modules)))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True, text=True, timeout=30, check=False,
+        env=os.environ | {"RELAY_URL": "http://127.0.0.1:9"},
+    )  # fmt: skip
+    assert told.stdout == "69 []\n"

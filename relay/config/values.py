@@ -8,10 +8,8 @@ import re
 
 from relay.config.check import UNRESOLVED, WrongValueError, nearest, quoted
 from relay.model import Secret
-from relay.subscription import OWN_PREFIX
+from relay.subscription import EVENT_TYPE, EVENT_TYPE_LENGTH, OWN_PREFIX
 
-_EVENT_TYPE = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
-_EVENT_TYPE_LENGTH = 128
 _OWN_EVENTS = (
     "relay.endpoint.down",
     "relay.endpoint.recovered",
@@ -33,10 +31,10 @@ def parse_endpoint_id(text: str) -> str:
 
 def parse_event_type(text: str) -> str:
     """Read a type of the application's own events (contract 3)."""
-    if len(text) > _EVENT_TYPE_LENGTH or not _EVENT_TYPE.fullmatch(text):
+    if len(text) > EVENT_TYPE_LENGTH or not EVENT_TYPE.fullmatch(text):
         raise WrongValueError(
             f"{quoted(text)} is not an event type: dot-separated parts of A-Z a-z 0-9 _ -, "
-            f"{_EVENT_TYPE_LENGTH} characters at most"
+            f"{EVENT_TYPE_LENGTH} characters at most"
         )
     if text.startswith(OWN_PREFIX):
         raise WrongValueError("is one of the relay's own events, which are relay.*")
