@@ -74,10 +74,12 @@ def canonical(address: str) -> IPv4Address | IPv6Address | None:
     except ValueError:
         return None
     mapped = ip.ipv4_mapped if isinstance(ip, IPv6Address) else None
-    if mapped is not None and address == f"::ffff:{mapped}":
-        return mapped
+    if mapped is not None:
+        # Python before 3.13 writes these in hex, later ones and the system with dots.
+        high, low = divmod(int(mapped), 1 << 16)
+        return mapped if address in {f"::ffff:{mapped}", f"::ffff:{high:x}:{low:x}"} else None
     # What has two spellings could be read as two addresses; a zone names an interface of this machine.
-    return (mapped or ip) if address == str(ip) and "%" not in address else None
+    return ip if address == str(ip) and "%" not in address else None
 
 
 def judge(address: str, allow: Sequence[Network]) -> str | None:

@@ -256,3 +256,125 @@ def test_a_process_reads_the_body_from_its_standard_input(tmp_path):
     words = ["-m", "relay", "verify", *headers, "--secret-file", str(secret), "--at", AT.isoformat()]
     ran = subprocess.run([sys.executable, *words], input=BODY, capture_output=True, timeout=30, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"standard: verified\n", b"")
+
+
+# The dialects besides these two, signed here by what their documentation says
+
+
+def mac(content: bytes, secret: str = SECRET) -> hmac.HMAC:
+    return hmac.new(secret.encode(), content, "sha256")
+
+
+def dialects(body: bytes = BODY) -> dict[str, dict[str, str]]:
+    signature = Webhook(SECRET).sign("evt_1", AT, body.decode())
+    return {
+        "svix": {"svix-id": "evt_1", "svix-timestamp": SENT_AT, "svix-signature": signature},
+        "stripe": {
+            "Stripe-Signature": f"t={SENT_AT},v1=00,v1={mac(f'{SENT_AT}.'.encode() + body).hexdigest()}"
+        },
+        "github": {"X-Hub-Signature-256": f"sha256={mac(body).hexdigest()}"},
+        "shopify": {"X-Shopify-Hmac-Sha256": base64.b64encode(mac(body).digest()).decode()},
+        "slack": {
+            "X-Slack-Request-Timestamp": SENT_AT,
+            "X-Slack-Signature": f"v0={mac(f'v0:{SENT_AT}:'.encode() + body).hexdigest()}",
+        },
+    }
+
+
+DIALECTS = dialects()
+TIMED = ("svix", "stripe", "slack")
+
+
+@pytest.mark.parametrize("scheme", DIALECTS)
+def test_every_dialect_is_verified_and_broken_by_one_byte_of_its_body(case, scheme):
+    assert case.verify(DIALECTS[scheme]) == (0, {scheme: {"worth": "verified", "why": None}})
+    code, findings = case.verify(DIALECTS[scheme], BODY + b"\n")
+    assert (code, findings[scheme]["worth"]) == (1, "wrong")
+    assert ADDED in findings[scheme]["why"]
+    assert case.verify(DIALECTS[scheme], secret=OTHER)[1][scheme]["worth"] == "wrong"
+
+
+@pytest.mark.parametrize("scheme", DIALECTS)
+def test_a_dialect_with_a_time_is_stale_after_it(case, scheme):
+    """Those without one cannot tell a replayed request, and must not pretend to."""
+    _, findings = case.verify(DIALECTS[scheme], at="2026-01-15T10:05:01Z")
+    assert findings[scheme]["worth"] == ("stale" if scheme in TIMED else "verified")
+    assert scheme not in TIMED or "made 301 s ago" in findings[scheme]["why"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "header", "named"),
+    [
+        ("svix", "svix-id", "svix-id"),
+        ("svix", "svix-timestamp", "svix-timestamp"),
+        ("slack", "X-Slack-Request-Timestamp", "x-slack-request-timestamp"),
+    ],
+)
+def test_a_header_that_a_dialect_signs_is_named_when_it_is_missing(case, scheme, header, named):
+    headers = {name: text for name, text in DIALECTS[scheme].items() if name != header}
+    assert case.verify(headers)[1][scheme]["why"].startswith(f"the header {named} is missing")
+
+
+def test_a_stripe_signature_without_its_time_or_signature_is_wrong(case):
+    """Its header holds both, and either can be cut off."""
+    given = DIALECTS["stripe"]["Stripe-Signature"]
+    _, findings = case.verify({"Stripe-Signature": given.partition(",")[2]})
+    assert findings["stripe"]["why"].startswith("the header stripe-signature's t is missing")
+    assert case.verify({"Stripe-Signature": given.partition(",")[0]})[1]["stripe"]["worth"] == "wrong"
+    changed = {"Stripe-Signature": given.replace(f"t={SENT_AT}", f"t={int(SENT_AT) + 1}")}
+    _, findings = case.verify(changed | DIALECTS["github"])
+    assert (
+        "github agrees: stripe-signature's t or the signature itself was changed"
+        in (findings["stripe"]["why"])
+    )
+
+
+def test_a_signature_of_ed25519_is_verified_with_either_half_of_its_key(case):
+    """A receiver has only the public half; whoever runs the relay may have only the private one."""
+    from nacl.signing import SigningKey
+
+    key = SigningKey(bytes(range(32)))
+    content = f"evt_1.{SENT_AT}.".encode() + BODY
+    signature = f"v1a,{base64.b64encode(key.sign(content).signature).decode()}"
+    public = f"whpk_{base64.b64encode(bytes(key.verify_key)).decode()}"
+    private = f"whsk_{base64.b64encode(bytes(key)).decode()}"
+    headers = standard() | {"webhook-signature": signature}
+    for secret in (public, private, f"{OTHER}\n{public}"):
+        code, findings = case.verify(headers, secret=secret)
+        assert (code, findings) == (0, {"standard-ed25519": {"worth": "verified", "why": None}})
+    changed = case.verify(headers | {"webhook-id": "evt_2"}, secret=public)
+    assert (changed[0], changed[1]["standard-ed25519"]["worth"]) == (1, "wrong")
+    cut = case.verify(headers | {"webhook-signature": signature[:-4]}, secret=public)
+    assert cut[1]["standard-ed25519"]["worth"] == "wrong"
+    code, findings = case.verify(headers)
+    assert (code, findings["standard-ed25519"]["worth"]) == (1, "no key")
+    assert "takes the public key, which begins whpk_" in findings["standard-ed25519"]["why"]
+
+
+def test_what_cannot_be_judged_does_not_undo_what_is_verified(case):
+    """Both kinds share a header, and a receiver of one has no key of the other."""
+    sent = standard()
+    sent["webhook-signature"] += " v1a,AAAA"
+    code, findings = case.verify(sent)
+    assert code == 0
+    assert {scheme: each["worth"] for scheme, each in findings.items()} == {
+        "standard": "verified",
+        "standard-ed25519": "no key",
+    }
+
+
+def test_a_scheme_without_a_name_is_spelt_out(case, capsys):
+    given = f"X-Mine: sig={base64.b64encode(hmac.digest(SECRET.encode(), BODY, 'sha1')).decode()}"
+    words = ["verify", "--header", given, "--body", case.file("body", BODY)]
+    words += ["--secret-file", case.file("secret", SECRET), "--header-scheme"]
+    assert main([*words, "X-Mine,prefix=sig=,encoding=base64,algorithm=sha1"]) == 0
+    assert capsys.readouterr().out == "X-Mine: verified\n"
+    assert main([*words, "X-Mine,prefix=sig=,encoding=base64"]) == 1
+    assert capsys.readouterr().out.startswith("X-Mine: wrong: ")
+
+
+@pytest.mark.parametrize("secret", ["whpk_AAAA", "whsk_AAAA", "whpk_*", "whsk_"])
+def test_a_key_that_was_cut_off_is_told_before_anything_is_judged(case, secret):
+    code, told = case.refused("--header", "a: b", "--secret-file", case.file("secret", secret))
+    assert (code, told.count("\n")) == (1, 1)
+    assert told.startswith(f"relay: the secret cannot be used: what follows {secret[:5]} is ")

@@ -43,6 +43,21 @@ URL = option(
     "(default: $RELAY_URL, else http://127.0.0.1:8484); its token is taken from $RELAY_TOKEN",
 )
 JSON = option("--json", action="store_true", help="print JSON, one object a line")
+SECRET_FILE = option(
+    "--secret-file",
+    metavar="PATH",
+    help="the file with the secret to verify with, or several of them, one a line: whsec_…, a text, "
+    "or for standard-ed25519 whpk_… or whsk_… (default: they are in $RELAY_SECRET)",
+)
+HEADER_SCHEME = option(
+    "--header-scheme",
+    metavar="NAME,…",
+    action="append",
+    type=arguments.generic,
+    default=[],
+    help="verify the body's HMAC in this header too: X-Mine,prefix=sha256=,encoding=hex,algorithm=sha256 "
+    "(the encoding is hex or base64, the algorithm sha256, sha512 or sha1); can be repeated",
+)
 
 TIMES = (
     option("--since", metavar="TIME", help="accepted at or after this time (RFC 3339)"),
@@ -82,22 +97,25 @@ COMMANDS = (
         runs="relay.cli.listen:listen",
         options=(
             option("--port", type=arguments.port, default=8900, help="0 takes any free one (default: 8900)"),
-            option(
-                "--secret-file",
-                metavar="PATH",
-                help="the file with the secret to verify with (default: the secret is in $RELAY_SECRET)",
-            ),
+            SECRET_FILE,
+            HEADER_SCHEME,
             option(
                 "--answer",
-                metavar="STATUS,…",
-                type=arguments.statuses,
+                metavar="STATUS[@DELAY][+SECONDS],…",
+                type=arguments.answers,
                 default=[],
-                help="what to answer the first requests; all that follow are answered 200",
+                help="what to answer the first requests: 503; after a delay (ms, s, m) 503@2s; with "
+                "Retry-After 429+30; with both 503@2s+30; all that follow are answered 200 at once",
             ),
+            option("--cert", metavar="PATH", help="its certificate (PEM), for https (default: http)"),
+            option("--key", metavar="PATH", help="the certificate's key (default: it is in the same file)"),
             option("--count", metavar="N", type=arguments.count, help="end after so many requests"),
             JSON,
         ),
-        examples=("relay listen --port 8900", "relay listen --secret-file secret.txt --answer 503,503,200"),
+        examples=(
+            "relay listen --secret-file secret.txt --answer 503,503,200",
+            "relay listen --cert cert.pem --key key.pem --answer 503@2s,429+30",
+        ),
     ),
     Command(
         name="verify",
@@ -118,11 +136,8 @@ COMMANDS = (
                 default="-",
                 help="its body, byte for byte (default: standard input)",
             ),
-            option(
-                "--secret-file",
-                metavar="PATH",
-                help="the file with the secret to verify with (default: the secret is in $RELAY_SECRET)",
-            ),
+            SECRET_FILE,
+            HEADER_SCHEME,
             option("--at", metavar="TIME", help="when it arrived (RFC 3339; default: now)"),
             JSON,
         ),
@@ -248,8 +263,15 @@ COMMANDS = (
         name="secret new",
         does="Make a new secret and print it.",
         runs="relay.cli.secret:new",
-        options=(JSON,),
-        examples=("relay secret new", "relay secret new > secret.txt"),
+        options=(
+            option(
+                "--ed25519",
+                action="store_true",
+                help="a key pair: whsk_… to sign standard-ed25519 with, its public whpk_… on standard error",
+            ),
+            JSON,
+        ),
+        examples=("relay secret new > secret.txt", "relay secret new --ed25519 --json"),
     ),
     Command(
         name="version",

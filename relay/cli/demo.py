@@ -68,6 +68,7 @@ EVENTS: Mapping[str, object] = {
     },
 }
 REFUSED_TWICE = "post.failed"
+SCHEMES = {"standard", "socialsyncer"}  # by which the relay signs unless told otherwise
 
 CONFIG = """\
 [server]
@@ -227,7 +228,8 @@ def summed(event: str, id_: str, arrivals: Sequence[Arrival]) -> Row:
         id=id_,
         attempts=len(arrivals),
         signatures={scheme: str(worth) for each in taken for scheme, worth in each.signatures.items()},
-        verified=bool(taken) and all(each.verified for each in arrivals),
+        verified=bool(taken)
+        and all(each.verified and each.signatures.keys() == SCHEMES for each in arrivals),
     )
 
 

@@ -1,4 +1,4 @@
-"""A receiver on this machine: deliveries come in over HTTP, each is verified, answered and handed on.
+"""A receiver on this machine: deliveries come in over HTTP or https, each is verified, answered, handed on.
 
 What to answer is the caller's to say. Nothing is printed here.
 """
@@ -7,14 +7,16 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Callable
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from aiohttp import web
 
+from relay.cli.arguments import Answer
 from relay.cli.exits import CommandError
-from relay.cli.verification import Worth, verify
+from relay.cli.verification import Scheme, Worth, all_verified, verify
 from relay.clock import SystemClock
 from relay.ingest import iso
 
@@ -31,21 +33,28 @@ class Arrival:
     event: str | None
     id: str | None
     attempt: int | None
-    signatures: dict[str, Worth]  # by scheme; none when there is no secret to verify with
+    signatures: dict[str, Worth]  # of those it carries, by scheme; none when there is no secret
     answered: int
 
     @property
     def verified(self) -> bool:
-        return bool(self.signatures) and set(self.signatures.values()) == {Worth.VERIFIED}
+        return all_verified(self.signatures.values())
 
 
 class Receiver:
-    """Puts every request into `arrivals`; `answer` gives the status for an event's type."""
+    """Puts every request into `arrivals`; `answer` gives the answer, or its status, for an event's type."""
 
-    def __init__(self, *, secret: str | None, answer: Callable[[str | None], int]) -> None:
+    def __init__(
+        self,
+        *,
+        secret: str | None,
+        answer: Callable[[str | None], Answer | int],
+        generic: Mapping[str, Scheme] | None = None,
+    ) -> None:
         self.arrivals: asyncio.Queue[Arrival] = asyncio.Queue()
         self._secret = secret
         self._answer = answer
+        self._generic = generic
         self._clock = SystemClock()
 
     async def take(self, request: web.Request) -> web.Response:
@@ -54,37 +63,62 @@ class Receiver:
         now_ms = self._clock.now_ms()
         event = event_type(headers, body)
         attempt = headers.get("webhook-attempt", "")
+        answer = self._answer(event)
+        if isinstance(answer, int):
+            answer = Answer(answer)
         arrival = Arrival(
             at=iso(now_ms),
             event=event,
             id=headers.get("webhook-id"),
             attempt=int(attempt) if DIGITS.fullmatch(attempt) else None,
-            signatures=verify(headers, body, self._secret, now_ms // 1000) if self._secret else {},
-            answered=self._answer(event),
+            signatures=self._verify(headers, body, now_ms // 1000),
+            answered=answer.status,
         )
-        self.arrivals.put_nowait(arrival)
-        return web.Response(status=arrival.answered)
+        await asyncio.sleep(answer.delay_seconds)
+        self.arrivals.put_nowait(arrival)  # after the delay, for whoever has seen the last one may end us
+        retry = {} if answer.retry_after is None else {"Retry-After": str(answer.retry_after)}
+        return web.Response(status=answer.status, headers=retry)
+
+    def _verify(self, headers: dict[str, str], body: bytes, now: int) -> dict[str, Worth]:
+        return verify(headers, body, self._secret, now, self._generic) if self._secret else {}
 
     @asynccontextmanager
-    async def listening(self, port: int) -> AsyncIterator[str]:
+    async def listening(self, port: int, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
         """Take requests; yields the URL to send them to. Raises CommandError when the port is taken."""
         app = web.Application(client_max_size=LARGEST_BODY)
         app.router.add_route("*", "/{path:.*}", self.take)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         try:
-            await start(runner, port)
-            yield f"http://{HOST}:{runner.addresses[0][1]}/"
+            await start(runner, port, tls)
+            yield f"{'https' if tls else 'http'}://{HOST}:{runner.addresses[0][1]}/"
         finally:
             await runner.cleanup()
 
 
-async def start(runner: web.AppRunner, port: int) -> None:
+async def start(runner: web.AppRunner, port: int, tls: ssl.SSLContext | None) -> None:
     try:
-        await web.TCPSite(runner, HOST, port).start()
+        await web.TCPSite(runner, HOST, port, ssl_context=tls).start()
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else str(error)
         raise CommandError(f"cannot listen on {HOST}:{port}: {why}") from error
+
+
+def server_tls(cert: str, key: str | None) -> ssl.SSLContext:
+    """Read a certificate to listen with. Raises CommandError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        # Without a password of ours OpenSSL would ask the terminal for one.
+        context.load_cert_chain(cert, key, password=lambda: "")
+    except ssl.SSLError:
+        raise CommandError(
+            f"{cert} and its key are not a certificate and its unencrypted key in PEM"
+        ) from None
+    except OSError as error:
+        where = cert if key is None else f"{cert} or {key}"
+        raise CommandError(f"{where} cannot be read: {error.strerror}") from None
+    return context
 
 
 def event_type(headers: dict[str, str], body: bytes) -> str | None:

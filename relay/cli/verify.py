@@ -15,29 +15,43 @@ from relay import canonical
 from relay.cli.exits import CommandError, Exit
 from relay.cli.output import printable, show_json
 from relay.cli.secret import read_secret
-from relay.cli.verification import SCHEMES, TOLERANCE_SECONDS, Headers, Worth
-from relay.cli.verification import verify as judge
+from relay.cli.verification import (
+    DIGITS,
+    PUBLIC_KEY,
+    SCHEMES,
+    TOLERANCE_SECONDS,
+    Headers,
+    Scheme,
+    Worth,
+    all_verified,
+    each_of,
+    generic_schemes,
+    value,
+)
 from relay.clock import SystemClock
 
 AGREES = (Worth.VERIFIED, Worth.STALE)
-SIGNED = {"standard": ("webhook-id", "webhook-timestamp")}  # headers that a signature covers
 EVENT_MEMBERS = ("event", "timestamp", "data")  # in the order they are sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captured:
-    """A request as somebody wrote it down, and the secret it is judged with."""
+    """A request as somebody wrote it down, and the secrets it is judged with, one a line."""
 
     headers: Headers
     body: bytes
     secret: str
     at: int  # when it was received, in seconds since 1970
+    schemes: Mapping[str, Scheme]  # to look for
+
+    def worth(self, scheme: str) -> Worth:
+        return self.schemes[scheme].judge(self.headers, self.body, self.secret, self.at)
 
     def agrees(self, scheme: str, *, body: bytes | None = None, secret: str | None = None) -> bool:
         """Tell whether a signature is right for this body and secret instead."""
         body, secret = self.body if body is None else body, self.secret if secret is None else secret
         try:
-            return SCHEMES[scheme](self.headers, body, secret, self.at) in AGREES
+            return self.schemes[scheme].judge(self.headers, body, secret, self.at) in AGREES
         except ValueError:
             return False  # a secret that the scheme cannot take a key from
 
@@ -54,8 +68,8 @@ def verify(arguments: Namespace) -> int:
     captured = capture(arguments)
     findings = examine(captured)
     if not findings:
-        raise CommandError(unsigned(captured.headers))
-    verified = all(finding.worth is Worth.VERIFIED for finding in findings.values())
+        raise CommandError(unsigned(captured))
+    verified = all_verified(finding.worth for finding in findings.values())
     if arguments.json:
         signatures = {scheme: asdict(finding) for scheme, finding in findings.items()}
         show_json({"verified": verified, "signatures": signatures})
@@ -82,6 +96,7 @@ def capture(arguments: Namespace) -> Captured:
         body=read(arguments.body),
         secret=secret,
         at=seconds(at) if at is not None else SystemClock().now_ms() // 1000,
+        schemes=SCHEMES | generic_schemes(arguments.header_scheme),
     )
 
 
@@ -117,7 +132,7 @@ def seconds(text: str) -> int:
 
 def examine(captured: Captured) -> dict[str, Finding]:
     """Judge every signature that the request carries."""
-    worths = judge(captured.headers, captured.body, captured.secret, captured.at)
+    worths = {scheme: captured.worth(scheme) for scheme in captured.schemes}
     right = [scheme for scheme, worth in worths.items() if worth in AGREES]
     return {
         scheme: Finding(worth=worth, why=reason(captured, scheme, worth, right))
@@ -131,21 +146,23 @@ def reason(captured: Captured, scheme: str, worth: Worth, right: list[str]) -> s
     if worth is Worth.VERIFIED:
         return None
     if worth is Worth.STALE:
-        return too_old(captured)
+        return too_old(captured, captured.schemes[scheme].covers[-1])
+    if worth is Worth.NO_KEY:
+        return other_secret(captured, scheme) or without_key(captured.schemes[scheme])
     return (
         missing(captured, scheme)
         or changed_body(captured, scheme)
         or other_secret(captured, scheme)
-        or unlike(scheme, right)
+        or unlike(captured.schemes[scheme], right)
         or "none of the usual causes: it is another secret, or what the body says was changed"
     )
 
 
-def too_old(captured: Captured) -> str:
+def too_old(captured: Captured, header: str) -> str:
     """Tell by how much the time of a right signature is off."""
-    sent_at = captured.headers["webhook-timestamp"]
-    if not sent_at.isdecimal():
-        return f"right, but webhook-timestamp {printable(sent_at)} is not in whole seconds since 1970"
+    sent_at = value(captured.headers, header) or ""
+    if not DIGITS.fullmatch(sent_at):
+        return f"right, but {header} {printable(sent_at)} is not in whole seconds since 1970"
     age = captured.at - int(sent_at)
     if age < 0:
         return f"right, but made {-age} s in the future: the clocks differ, or --at is wrong"
@@ -153,10 +170,17 @@ def too_old(captured: Captured) -> str:
 
 
 def missing(captured: Captured, scheme: str) -> str | None:
-    for name in SIGNED.get(scheme, ()):
-        if name not in captured.headers:
+    for name in captured.schemes[scheme].covers:
+        if value(captured.headers, name) is None:
             return f"the header {name} is missing, and the signature covers it"
     return None
+
+
+def without_key(scheme: Scheme) -> str:
+    """Say which kind of secret a signature needs, none of which is at hand."""
+    if scheme.asymmetric:
+        return f"it is not judged: that takes the public key, which begins {PUBLIC_KEY}"
+    return "it is not judged: that takes the secret it is signed with, and there are only keys of ed25519"
 
 
 def changed_body(captured: Captured, scheme: str) -> str | None:
@@ -183,10 +207,11 @@ def bodies(body: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def other_secret(captured: Captured, scheme: str) -> str | None:
-    """Tell what is different about the secret, if the signature agrees with what it probably is."""
-    for how, secret in secrets(captured.secret):
-        if captured.agrees(scheme, secret=secret):
-            return f"the secret is not the one it was signed with: {how}"
+    """Tell what is different about a secret, if the signature agrees with what it probably is."""
+    for given in each_of(captured.secret):
+        for how, secret in secrets(given):
+            if captured.agrees(scheme, secret=secret):
+                return f"the secret is not the one it was signed with: {how}"
     return None
 
 
@@ -199,20 +224,20 @@ def secrets(secret: str) -> Iterator[tuple[str, str]]:
         yield "it lost the whsec_ at its start, which makes the rest base64", f"whsec_{secret}"
 
 
-def unlike(scheme: str, right: list[str]) -> str | None:
+def unlike(scheme: Scheme, right: list[str]) -> str | None:
     """Tell what it means that other schemes agree with this body and this secret."""
     if not right:
         return None
     suspects = "this signature was changed, or it is made with the older secret while a new one is phased in"
-    if scheme in SIGNED:
-        suspects = f"{', '.join(SIGNED[scheme])} or the signature itself was changed"
+    if scheme.covers:
+        suspects = f"{', '.join(scheme.covers)} or the signature itself was changed"
     return f"body and secret are right, for {right[0]} agrees: {suspects}"
 
 
-def unsigned(headers: Mapping[str, str]) -> str:
+def unsigned(captured: Captured) -> str:
     """Say that there is nothing to verify, and which header may be what somebody looks for."""
-    like = [printable(name) for name in headers if "signature" in name]
-    known = f"only the schemes {', '.join(SCHEMES)} are verified here"
+    like = [printable(name) for name in captured.headers if "signature" in name or "hmac" in name]
+    known = f"only the schemes {', '.join(captured.schemes)} are verified here; --header-scheme adds one"
     if like:
         return f"the request has no signature of a scheme known here but {', '.join(like)}: {known}"
     return f"the request has no signature among its headers: {known}"
