@@ -318,6 +318,16 @@ async def test_a_stop_does_not_wait_for_room_on_a_full_disk(path, monkeypatch):
         assert len(await outbox.claim("main", 1, NOW)) == 1
 
 
+async def test_an_outbox_that_was_moved_away_ends_the_relay(path):
+    """What it went on to accept would be in a file that the next start does not open."""
+    with pytest.raises(ExceptionGroup) as ended:
+        async with open_outbox(path) as outbox:
+            await outbox.register(["main"])
+            path.rename(path.with_name("moved.db"))
+            await outbox.accept([submission("a")])
+    assert ended.value.subgroup(lambda error: "was moved away or replaced" in str(error)) is not None
+
+
 async def test_a_failing_disk_ends_the_relay_and_answers_nobody_falsely(path, monkeypatch):
     """A failed commit is ambiguous: the row may be there after a restart, so only a restart may tell."""
 

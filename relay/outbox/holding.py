@@ -54,3 +54,15 @@ def short_of_room(path: Path) -> str | None:
     if disk.f_bavail * disk.f_frsize >= reserve:
         return None
     return f"there is no room for {path}: free some, what was accepted stays safe"
+
+
+def refuse_moved(path: Path, inode: int) -> None:
+    """Raise DamagedError when the outbox was moved away or replaced: the next start would not find it."""
+    try:
+        moved = path.stat().st_ino != inode
+    except FileNotFoundError:
+        moved = True
+    if moved:
+        raise DamagedError(
+            f"{path} was moved away or replaced while the relay ran: put it back, then start again"
+        )

@@ -25,7 +25,6 @@ from relay.model import Attempt, Delivery, Receipt, State, Submission, Verdict
 from relay.outbox import (
     Backlog,
     ConflictError,
-    DamagedError,
     Ended,
     FullError,
     KeptEndpoint,
@@ -39,7 +38,8 @@ from relay.outbox import (
     statements,
 )
 from relay.outbox.commit import Batch, Written, write
-from relay.outbox.holding import held, short_of_room
+from relay.outbox.failures import translated
+from relay.outbox.holding import held, refuse_moved, short_of_room
 from relay.outbox.waiting import Waiting
 
 log = logging.getLogger("relay.outbox")
@@ -69,6 +69,7 @@ class SqliteOutbox:
     def __init__(self, db: aiosqlite.Connection, path: Path) -> None:
         self._db = db
         self._path = path
+        self._inode = 0
         self._last_seq = 0
         self._numbers: dict[str, int] = {}
         self._waiting: dict[str, Waiting] = {}
@@ -203,6 +204,7 @@ class SqliteOutbox:
     async def start(self, synchronous: str) -> None:
         """Bring the file to the current schema and read what is kept in memory."""
         await self._run(schema.prepare, str(self._path), synchronous)
+        self._inode = self._path.stat().st_ino
         self._last_seq = await self._run(statements.last_seq)
         pending, dead = await self._run(statements.counts)
         self._pending, self._dead = Counter(pending), Counter(dead)
@@ -229,7 +231,11 @@ class SqliteOutbox:
                 self._settle(gathered, written)
 
     def _refuse_without_room(self, gathered: Gathering) -> None:
-        """Refuse new events while only as much room is left as the outcomes of the accepted ones may need."""
+        """Refuse new events while only as much room is left as the outcomes of the accepted ones may need.
+
+        Raises DamagedError when the file is not there any more: what is written now would be found by nobody.
+        """
+        refuse_moved(self._path, self._inode)
         if gathered.accepts and (trouble := short_of_room(self._path)):
             _break(gathered.accepts, FullError(trouble))
             gathered.accepts, gathered.batch.accepts = [], []
@@ -345,7 +351,7 @@ class SqliteOutbox:
             # aiosqlite's public calls hop once for each statement, and a hop costs more than most of them.
             done: T = await self._db._execute(function, self._db._conn, *args, **kwargs)  # type: ignore[no-untyped-call]  # noqa: SLF001
         except sqlite3.Error as error:
-            raise _translated(error, self._path) from error
+            raise translated(error, self._path) from error
         return done
 
 
@@ -361,20 +367,6 @@ def _break(promises: Sequence[Promise], error: BaseException) -> None:
             promise.set_exception(error)
 
 
-def _translated(error: sqlite3.Error, path: Path) -> Exception:
-    """Return what an error of SQLite's means for the outbox; a fault of our own stays what it is."""
-    name = getattr(error, "sqlite_errorname", "")
-    if name == "SQLITE_FULL":
-        return FullError(f"there is no room for {path}: free some, what was accepted stays safe")
-    if name.startswith(
-        ("SQLITE_IOERR", "SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_CANTOPEN", "SQLITE_READONLY")
-    ):
-        return DamagedError(
-            f"{path} cannot be read or written ({error}, {name}): check the disk, then start again"
-        )
-    return error
-
-
 @asynccontextmanager
 async def open_sqlite(path: Path, *, synchronous: str) -> AsyncIterator[SqliteOutbox]:
     """Hold the file and open it; closed again, with all that waits written, on the way out."""
@@ -382,7 +374,7 @@ async def open_sqlite(path: Path, *, synchronous: str) -> AsyncIterator[SqliteOu
         try:
             db = await aiosqlite.connect(own, isolation_level=None, cached_statements=256)
         except sqlite3.Error as error:
-            raise _translated(error, own) from error
+            raise translated(error, own) from error
         try:
             outbox = SqliteOutbox(db, own)
             await outbox.start(synchronous)

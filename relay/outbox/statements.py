@@ -180,7 +180,7 @@ def cancel(db: sqlite3.Connection, number: int, limit: int) -> int:
     """Cancel up to `limit` of what is pending for an endpoint; return how many."""
     return db.execute(
         """UPDATE deliveries SET state = 3, due = NULL WHERE endpoint = ?1 AND event IN
-           (SELECT event FROM deliveries WHERE endpoint = ?1 AND state = 0 ORDER BY due, event LIMIT ?2)""",
+           (SELECT event FROM deliveries WHERE endpoint = ?1 AND state = 0 ORDER BY event LIMIT ?2)""",
         (number, limit),
     ).rowcount
 
