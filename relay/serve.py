@@ -101,21 +101,26 @@ async def serve(config: Config, path: Path) -> None:
             wake=lanes.wake,
             max_event_size=config.server.max_event_size,
         )
-        async with asyncio.TaskGroup() as tasks:
-            chores = [
-                tasks.create_task(forget(outbox, clock, config.outbox.retention_seconds)),
-                tasks.create_task(endpoints.end_overlaps()),
-            ]
-            async with listening(config.server, state) as addresses:
-                # No delivery may ever come back to us, so none goes out before our addresses are known.
-                sender.own_addresses = addresses
-                tasks.create_task(lanes.run())
-                log.info("started", extra={"config": str(path), "version": __version__})
-                await stop.asked.wait()
-                await wind_down(config.server, state, lanes, stop)
-            for chore in chores:
-                chore.cancel()
+        await work(config, path, state, lanes, stop)
     log.info("stopped")
+
+
+async def work(config: Config, path: Path, state: State, lanes: Lanes, stop: "Stop") -> None:
+    """Take, keep and deliver until told to stop."""
+    async with asyncio.TaskGroup() as tasks:
+        chores = [
+            tasks.create_task(forget(state.outbox, state.clock, config.outbox.retention_seconds)),
+            tasks.create_task(state.endpoints.end_overlaps()),
+        ]
+        async with listening(config.server, state) as addresses:
+            # No delivery may ever come back to us, so none goes out before our addresses are known.
+            state.sender.own_addresses = addresses
+            tasks.create_task(lanes.run())
+            log.info("started", extra={"config": str(path), "version": __version__})
+            await stop.asked.wait()
+            await wind_down(config.server, state, lanes, stop)
+        for chore in chores:
+            chore.cancel()
 
 
 def tell_changes(cancelled: Mapping[str, int], aside: Sequence[str]) -> None:

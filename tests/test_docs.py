@@ -1,5 +1,6 @@
 """What is written about the relay is true: the README's commands run, and nothing that exists is left out."""
 
+import ast
 import asyncio
 import contextlib
 import json
@@ -46,6 +47,17 @@ def test_the_top_level_is_what_it_has_to_be():
 def test_no_file_of_ours_grew_beyond_reading():
     lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "relay").rglob("*.py")}
     assert {path.name: length for path, length in lengths.items() if length > 400} == {}
+
+
+def test_no_function_of_ours_grew_beyond_reading():
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    lengths = {
+        f"{path.name}: {node.name}": node.end_lineno - node.lineno + 1
+        for path in (ROOT / "relay").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, functions)
+    }
+    assert {name: length for name, length in lengths.items() if length > 50} == {}
 
 
 def test_the_readme_names_every_command_and_every_log_event():
