@@ -70,7 +70,7 @@ def _record(db: sqlite3.Connection, records: Sequence[tuple[Delivery, Attempt, V
         deliveries.append((*delivery.handle, *follows, *last))
     statements.update_deliveries(db, deliveries)
     statements.insert_attempts(db, failures)
-    statements.update_endpoints(db, [(number, *last_of) for number, last_of in endpoints.items()])
+    statements.update_endpoints(db, [(*last_of, number) for number, last_of in endpoints.items()])
 
 
 class Keys:

@@ -48,7 +48,7 @@ def _candidates(db: sqlite3.Connection, query: Query, before: int) -> Iterator[i
     if query.state in {None, State.DELIVERED}:
         rows = db.execute("SELECT seq FROM events WHERE seq < ? ORDER BY seq DESC", (before,))
         return (row[0] for row in rows)
-    numbers = db.execute("SELECT number FROM endpoints AS p WHERE ?1 IS NULL OR id = ?1", (query.endpoint,))
+    numbers = db.execute("SELECT number FROM endpoints AS p WHERE ? IS NULL OR id = ?", (query.endpoint,) * 2)
     return _merged([_of_state(db, number, query.state, before) for (number,) in numbers.fetchall()])
 
 

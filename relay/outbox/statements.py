@@ -151,9 +151,9 @@ def kept_endpoints(db: sqlite3.Connection) -> list[KeptEndpoint]:
 def update_endpoints(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
     """Note the last success, the last failure and its reason, where there was one."""
     db.executemany(
-        "UPDATE endpoints SET last_success_at = coalesce(?2, last_success_at),"
-        " last_failure_at = coalesce(?3, last_failure_at), last_error = coalesce(?4, last_error)"
-        " WHERE number = ?1",
+        "UPDATE endpoints SET last_success_at = coalesce(?, last_success_at),"
+        " last_failure_at = coalesce(?, last_failure_at), last_error = coalesce(?, last_error)"
+        " WHERE number = ?",
         rows,
     )
 
@@ -179,9 +179,9 @@ def pasts(db: sqlite3.Connection) -> dict[str, Past]:
 def cancel(db: sqlite3.Connection, number: int, limit: int) -> int:
     """Cancel up to `limit` of what is pending for an endpoint; return how many."""
     return db.execute(
-        """UPDATE deliveries SET state = 3, due = NULL WHERE endpoint = ?1 AND event IN
-           (SELECT event FROM deliveries WHERE endpoint = ?1 AND state = 0 ORDER BY event LIMIT ?2)""",
-        (number, limit),
+        "UPDATE deliveries SET state = 3, due = NULL WHERE endpoint = ? AND event IN"
+        " (SELECT event FROM deliveries WHERE endpoint = ? AND state = 0 ORDER BY event LIMIT ?)",
+        (number, number, limit),
     ).rowcount
 
 
