@@ -192,14 +192,15 @@ async def site(app: web.Application, address: Address) -> AsyncIterator[tuple[st
     runner = web.AppRunner(
         app, access_log=None, handle_signals=False, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=1.0
     )
-    await runner.setup()
-    try:
-        with bound(address) as listener:
+    # The socket outlives the server: asyncio's own loop fails on stopping to serve one that is closed.
+    with bound(address) as listener:
+        await runner.setup()
+        try:
             await web.SockSite(runner, listener, backlog=1024).start()
             name = listener.getsockname()
             yield name if isinstance(name, str) else (name[0], name[1])
-    finally:
-        await runner.cleanup()
+        finally:
+            await runner.cleanup()
 
 
 @contextmanager

@@ -158,6 +158,30 @@ async def test_sigterm_exits_in_time_and_loses_nothing(tmp_path, receiver):
     assert len({request.headers["webhook-id"] for request in receiver.requests}) == 5
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("socket_kind", ["tcp", "unix"])
+async def test_a_stop_is_clean_on_every_loop(tmp_path, receiver, loop, socket_kind):
+    """An install without the extra runs on asyncio's own loop, which closes listeners in its own way."""
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    path = tmp_path / "relay.sock"
+    with relay_process(tmp_path, config(receiver), start=False) as relay:
+        relay.environment |= trusting(receiver, tmp_path) | {"RELAY_SERVER__LOOP": loop}
+        if socket_kind == "unix":
+            relay.environment |= {
+                "RELAY_SERVER__LISTEN": f"unix:{path}",
+                "RELAY_SERVER__OPS_LISTEN": f"127.0.0.1:{relay.port}",
+            }
+        await asyncio.to_thread(relay.start)
+        if socket_kind == "tcp":
+            await call(relay, "POST", "/v1/events", EVENT)
+            await receiver.wait_for(1)
+        assert await asyncio.to_thread(relay.stop) == 0
+        assert "Traceback" not in relay.log
+        assert '"event":"stopped"' in relay.log
+    assert not path.exists()
+
+
 async def test_a_second_signal_ends_the_grace(tmp_path, receiver):
     with relay_process(
         tmp_path, config(receiver), trusting(receiver, tmp_path) | {"RELAY_SERVER__SHUTDOWN_GRACE": "1h"}
