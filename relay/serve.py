@@ -21,14 +21,14 @@ from relay.api import make_app, make_ops_app
 from relay.api.guard import LOOPBACK_HOSTS
 from relay.api.state import State
 from relay.catalogue import Catalogue
-from relay.clock import SystemClock
+from relay.clock import Clock, SystemClock
 from relay.config import Address, Config, Server
 from relay.delivery import Lane, Lanes
 from relay.endpoints import Endpoints
 from relay.ingest import Ingest
-from relay.outbox import DamagedError, HeldError, NewerSchemaError, OutboxError, open_outbox
+from relay.outbox import DamagedError, HeldError, NewerSchemaError, Outbox, OutboxError, open_outbox
 from relay.retention import forget
-from relay.sender import open_sender
+from relay.sender import Sender, open_sender
 from relay.subscription import Subscriptions
 
 log = logging.getLogger("relay")
@@ -69,40 +69,40 @@ async def serve(config: Config, path: Path) -> None:
         open_outbox(config.outbox.path, synchronous=config.outbox.durability) as outbox,
         open_sender(policy=config.egress.policy, version=__version__) as sender,
     ):
-        connections = asyncio.Semaphore(attempts_at_once())
-        lanes = Lanes(
-            lambda each: Lane(each, outbox=outbox, sender=sender, clock=clock, connections=connections)
-        )
-        catalogue = Catalogue(config.events.values())
-        ingest = Ingest(
-            outbox=outbox,
-            subscriptions=Subscriptions([]),
-            clock=clock,
-            wake=lanes.wake,
-            catalogue=catalogue,
-        )
-        endpoints = Endpoints(
-            configured=config.endpoints,
-            defaults=config.delivery,
-            policy=config.egress.policy,
-            outbox=outbox,
-            lanes=lanes,
-            clock=clock,
-            change=ingest.subscribe,
-        )
-        tell_changes(*await endpoints.open())
-        state = State(
-            outbox=outbox,
-            ingest=ingest,
-            endpoints=endpoints,
-            catalogue=catalogue,
-            sender=sender,
-            clock=clock,
-            wake=lanes.wake,
-            max_event_size=config.server.max_event_size,
-        )
+        state, lanes = await join(config, outbox, sender, clock)
         await work(config, path, state, lanes, stop)
     log.info("stopped")
+
+
+async def join(config: Config, outbox: Outbox, sender: Sender, clock: Clock) -> tuple[State, Lanes]:
+    """Build what stands between the outbox, the sender and the API, and join it."""
+    connections = asyncio.Semaphore(attempts_at_once())
+    lanes = Lanes(lambda each: Lane(each, outbox=outbox, sender=sender, clock=clock, connections=connections))
+    catalogue = Catalogue(config.events.values())
+    ingest = Ingest(
+        outbox=outbox, subscriptions=Subscriptions([]), clock=clock, wake=lanes.wake, catalogue=catalogue
+    )
+    endpoints = Endpoints(
+        configured=config.endpoints,
+        defaults=config.delivery,
+        policy=config.egress.policy,
+        outbox=outbox,
+        lanes=lanes,
+        clock=clock,
+        change=ingest.subscribe,
+    )
+    tell_changes(*await endpoints.open())
+    state = State(
+        outbox=outbox,
+        ingest=ingest,
+        endpoints=endpoints,
+        catalogue=catalogue,
+        sender=sender,
+        clock=clock,
+        wake=lanes.wake,
+        max_event_size=config.server.max_event_size,
+    )
+    return state, lanes
 
 
 async def work(config: Config, path: Path, state: State, lanes: Lanes, stop: "Stop") -> None:
