@@ -9,12 +9,16 @@ An application posts an event on localhost.
     catalogue.py  knows the types of events, their samples and schemas
     subscription.py  knows which endpoints want a type
     outbox/       keeps both on disk before the 202, and everything that follows
-    delivery.py   a lane for each endpoint takes what is due
+    delivery.py   a lane for each endpoint,
+    lane.py       which takes what is due, as fast as it may
+    pace.py       says how many at once, and how many a second
     formats.py    the body it is sent with
     signing.py    the headers that prove where it comes from
     sender.py     makes one attempt, and tells what it met
     egress.py     judges every address before it is dialled
     retry.py      decides what follows: delivered, again later, dead
+    health.py     and how the endpoint stands: up, down, gone
+    report.py     says so in the log, and to whoever subscribed to the relay's own events
     retention.py  forgets what is old and over
 
 Around that:

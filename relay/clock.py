@@ -7,16 +7,21 @@ monotonic time, so a clock that is set while we sleep cannot make a sleep endles
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 # A wall clock that was set forward while we slept is noticed after this long at the latest.
 LONGEST_SLEEP_SECONDS = 60.0
+JUMP_MS = 5_000  # what is less is drift that is being corrected
+WATCH_MS = 10_000
 
 
 class Clock(Protocol):
-    """Wall-clock time in milliseconds since 1970 (UTC)."""
+    """Wall-clock time in milliseconds since 1970 (UTC), and seconds that never jump."""
 
     def now_ms(self) -> int: ...
+
+    def monotonic(self) -> float: ...
 
     async def wait(self, wake: asyncio.Event, until_ms: int | None) -> None:
         """Return when `wake` is set or the time has come, whichever is first; early is allowed."""
@@ -29,6 +34,9 @@ class SystemClock:
     def now_ms(self) -> int:
         return time.time_ns() // 1_000_000  # noqa: TID251 - this is the clock the others ask
 
+    def monotonic(self) -> float:
+        return time.monotonic()
+
     async def wait(self, wake: asyncio.Event, until_ms: int | None) -> None:
         seconds = None
         if until_ms is not None:
@@ -38,3 +46,14 @@ class SystemClock:
                 await wake.wait()
         except TimeoutError:
             pass
+
+
+async def watch(clock: Clock, jumped: Callable[[int], None]) -> None:
+    """Call `jumped` with the milliseconds by which the wall clock was set, either way; until cancelled."""
+    never = asyncio.Event()
+    ahead_ms = clock.now_ms() - round(clock.monotonic() * 1000)
+    while True:
+        await clock.wait(never, clock.now_ms() + WATCH_MS)
+        before_ms, ahead_ms = ahead_ms, clock.now_ms() - round(clock.monotonic() * 1000)
+        if abs(ahead_ms - before_ms) > JUMP_MS:
+            jumped(ahead_ms - before_ms)

@@ -18,7 +18,8 @@ import orjson
 from relay import egress
 from relay.clock import Clock
 from relay.config import DeliverySettings, SettingsError, read_api_endpoint
-from relay.model import Endpoint
+from relay.health import set_right, was_at_rest
+from relay.model import Endpoint, Health
 from relay.outbox import FullError, KeptEndpoint, Outbox
 from relay.signing import PRIVATE_KEY, SHARED_KEY, secret_of
 from relay.subscription import Subscriptions
@@ -29,6 +30,8 @@ MOST_SECRETS = 5  # live at once
 FULL_RETRY_MS = 10_000
 
 Settings = Mapping[str, Any]
+
+UNKNOWN = Health()  # so is an endpoint that nothing was sent to yet
 
 
 class ConflictError(Exception):
@@ -52,7 +55,9 @@ class Registered:
 class Lanes(Protocol):
     """Who brings deliveries to the endpoints."""
 
-    async def keep(self, endpoint: Endpoint, *, paused: bool) -> None: ...
+    async def keep(self, endpoint: Endpoint, *, paused: bool, health: Health = UNKNOWN) -> None: ...
+
+    async def resume(self, endpoint: str) -> None: ...
 
     async def drop(self, endpoint: str) -> None: ...
 
@@ -88,7 +93,11 @@ class Endpoints:
         Returns how many deliveries were cancelled of endpoints that are no longer there, and the ids of
         endpoints of the API that are set aside because the config has their id or can no longer allow them.
         """
+        now_ms = self._clock.now_ms()
+        at_rest = was_at_rest(await self._outbox.last_seen(), now_ms)
+        healths: dict[str, Health] = {}
         for kept in await self._outbox.endpoints():
+            healths[kept.id] = kept.health
             configured = self._registered.get(kept.id)
             if configured is not None:
                 self._registered[kept.id] = replace(configured, paused=kept.paused)
@@ -101,7 +110,11 @@ class Endpoints:
                     self._aside[kept.id] = kept.settings
         cancelled = await self._outbox.register(list(self._registered))
         for each in self._registered.values():
-            await self._lanes.keep(each.endpoint, paused=each.paused)
+            health = healths.get(each.endpoint.id, UNKNOWN) if each.endpoint.id not in cancelled else UNKNOWN
+            if at_rest:
+                health = set_right(health, each.endpoint, now_ms)
+                await self._outbox.keep_health(each.endpoint.id, health)
+            await self._lanes.keep(each.endpoint, paused=each.paused, health=health)
         self._change(self._subscriptions())
         return cancelled, list(self._aside)
 
@@ -177,7 +190,10 @@ class Endpoints:
     async def pause(self, id_: str, *, paused: bool) -> Registered:
         """Hold back an endpoint's deliveries, or let them go again; the config's too."""
         async with self._one_at_a_time:
-            return await self._take_effect(replace(self.get(id_), paused=paused))
+            registered = await self._take_effect(replace(self.get(id_), paused=paused))
+            if not paused:
+                await self._lanes.resume(id_)
+            return registered
 
     async def rotate(self, id_: str, overlap_seconds: float) -> tuple[Registered, str]:
         """Give an endpoint a new secret; the older one goes on signing beside it for the overlap."""

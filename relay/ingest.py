@@ -8,7 +8,7 @@ lanes are woken.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from relay import canonical, formats
 from relay.catalogue import Catalogue
 from relay.clock import Clock
-from relay.model import Event, Receipt, Submission
+from relay.model import Endpoint, Event, Owed, Receipt, Submission
 from relay.outbox import Outbox
 from relay.subscription import EVENT_TYPE, EVENT_TYPE_LENGTH, OWN_PREFIX, Subscriptions
 
@@ -99,6 +99,21 @@ class Ingest:
         self._wake({endpoint for receipt in receipts for endpoint in receipt.endpoints})
         return receipts
 
+    def news(self, type_: str, data: Mapping[str, canonical.JSON], *, of: str) -> list[Submission]:
+        """Return an event of the relay's own about endpoint `of`, or nothing when nobody else wants it."""
+        endpoints = tuple(_owed(each) for each in self.subscriptions.wanting(type_) if each.id != of)
+        if not endpoints:
+            return []
+        now_ms = self._clock.now_ms()
+        event = Event(
+            id=self._ids.make(now_ms),
+            type=type_,
+            timestamp=iso(now_ms),
+            data=canonical.encode(dict(data)),
+            accepted_at_ms=now_ms,
+        )
+        return [Submission(event=event, endpoints=endpoints, digest=formats.digest(event))]
+
     def _read(self, draft: Draft) -> Submission:
         value, pointer = draft.value, draft.pointer
         if not isinstance(value, dict):
@@ -148,7 +163,7 @@ class Ingest:
             tracestate=draft.trace.state if draft.trace is not None else None,
         )
         endpoints = tuple(
-            (endpoint.id, endpoint.format)
+            _owed(endpoint)
             for endpoint in self.subscriptions.wanting(type_)
             if not isinstance(to, list) or endpoint.id in to
         )
@@ -163,6 +178,10 @@ class Ingest:
             idempotency_key=draft.idempotency_key,
             fingerprint=fingerprint,
         )
+
+
+def _owed(endpoint: Endpoint) -> Owed:
+    return Owed(endpoint.id, endpoint.format, endpoint.order == "key")
 
 
 class EventIds:

@@ -11,6 +11,7 @@ milliseconds since 1970 (UTC) in names ending `_ms`; lengths of time are in name
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Secret:
@@ -61,12 +62,20 @@ class Event:
     tracestate: str | None = None
 
 
+class Owed(NamedTuple):
+    """To which endpoint an event is owed, and how; fixed at acceptance."""
+
+    endpoint: str
+    format: str
+    ordered: bool = False  # after what was accepted earlier with the same key
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """An event on its way into the outbox, with the endpoints that are to get it."""
 
     event: Event
-    endpoints: tuple[tuple[str, str], ...]  # (endpoint id, format), in the order of the config
+    endpoints: tuple[Owed, ...]  # in the order of their ids
     digest: bytes  # SHA-256 of what is stored, checked again before each send
     idempotency_key: str | None = None
     fingerprint: bytes | None = None  # SHA-256 of the content as sent; tells a repeat from a conflict
@@ -111,7 +120,13 @@ class Endpoint:
     signatures: tuple[object, ...] = ()  # the names of the schemes, for people
     retry_schedule: tuple[float, ...]  # seconds before the 1st, 2nd, … retry
     timeout_seconds: float  # of one attempt, from the look-up to the last byte read
-    concurrency: int
+    concurrency: int  # attempts under way at once, at the most
+    rate: float | None = None  # attempts a second, at the most
+    order: str = "none"  # or "key"
+    max_age_seconds: float = 7 * 86_400.0  # how long a delivery may wait before it is dead
+    down_after: int = 5  # failures in a row; 0: never down
+    probe_interval_seconds: float = 30.0  # before the first probe, doubling
+    probe_max_seconds: float = 600.0
     format: str = "event"
     headers: tuple[tuple[str, Secret], ...] = ()
     description: str = ""
@@ -128,7 +143,10 @@ class Delivery:
     format: str
     attempts: int  # made so far
     steps: int  # of the retry schedule used up so far
+    due_ms: int
     digest: bytes
+    ordered: bool = False  # among those of its event's key
+    replayed: bool = False  # pending because somebody asked for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +159,7 @@ class Outcome:
     answer: str | None = None  # the first 1 KiB of the answer's body
     retry_after: str | None = None  # the header, as the receiver wrote it
     detail: str | None = None  # one sentence for the operator; may name addresses, so never for API users
+    unspent: bool = False  # nothing was asked of the receiver, so it was no attempt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,3 +181,26 @@ class Attempt:
     status: int | None
     reason: str | None
     answer: str | None
+
+
+class Standing(StrEnum):
+    """What the relay thinks of an endpoint (contract section 6); whether it is paused is a person's word."""
+
+    UP = "up"
+    DOWN = "down"  # failing: probed now and then
+    GONE = "gone"  # said 410: waits for a person
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """How an endpoint stands, as it is kept; `health.py` says how it changes."""
+
+    standing: Standing = Standing.UP
+    since_ms: int | None = None  # when it went down or gone
+    failures: int = 0  # in a row
+    failed_first: str | None = None  # the event that the first of them was for
+    several: bool = False  # whether they were for more than one event
+    probes: int = 0  # that failed since it is down
+    probe_at_ms: int = 0  # when the next may go out
+    not_before_ms: int = 0  # what the receiver asked for by Retry-After
+    age_from_ms: int = 0  # waiting before this does not count towards `max_age`

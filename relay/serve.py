@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
@@ -21,11 +22,12 @@ from relay.api import make_app, make_ops_app
 from relay.api.guard import LOOPBACK_HOSTS
 from relay.api.state import State
 from relay.catalogue import Catalogue
-from relay.clock import Clock, SystemClock
+from relay.clock import Clock, SystemClock, watch
 from relay.config import Address, Config, Server
-from relay.delivery import Lane, Lanes
+from relay.delivery import Lanes
 from relay.endpoints import Endpoints
 from relay.ingest import Ingest
+from relay.lane import Lane, Surroundings
 from relay.outbox import DamagedError, HeldError, NewerSchemaError, Outbox, OutboxError, open_outbox
 from relay.retention import forget
 from relay.sender import Sender, open_sender
@@ -76,11 +78,18 @@ async def serve(config: Config, path: Path) -> None:
 
 async def join(config: Config, outbox: Outbox, sender: Sender, clock: Clock) -> tuple[State, Lanes]:
     """Build what stands between the outbox, the sender and the API, and join it."""
-    connections = asyncio.Semaphore(attempts_at_once())
-    lanes = Lanes(lambda each: Lane(each, outbox=outbox, sender=sender, clock=clock, connections=connections))
+    lanes = Lanes(lambda endpoint, health: Lane(endpoint, health, around))
     catalogue = Catalogue(config.events.values())
     ingest = Ingest(
         outbox=outbox, subscriptions=Subscriptions([]), clock=clock, wake=lanes.wake, catalogue=catalogue
+    )
+    around = Surroundings(
+        outbox=outbox,
+        sender=sender,
+        clock=clock,
+        connections=asyncio.Semaphore(attempts_at_once()),
+        make_news=ingest.news,
+        wake=lanes.wake,
     )
     endpoints = Endpoints(
         configured=config.endpoints,
@@ -111,6 +120,7 @@ async def work(config: Config, path: Path, state: State, lanes: Lanes, stop: "St
         chores = [
             tasks.create_task(forget(state.outbox, state.clock, config.outbox.retention_seconds)),
             tasks.create_task(state.endpoints.end_overlaps()),
+            tasks.create_task(watch(state.clock, partial(clock_was_set, lanes))),
         ]
         async with listening(config.server, state) as addresses:
             # No delivery may ever come back to us, so none goes out before our addresses are known.
@@ -121,6 +131,11 @@ async def work(config: Config, path: Path, state: State, lanes: Lanes, stop: "St
             await wind_down(config.server, state, lanes, stop)
         for chore in chores:
             chore.cancel()
+
+
+def clock_was_set(lanes: Lanes, by_ms: int) -> None:
+    log.warning("clock_was_set", extra={"seconds": by_ms / 1000})
+    lanes.set_right()
 
 
 def tell_changes(cancelled: Mapping[str, int], aside: Sequence[str]) -> None:

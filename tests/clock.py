@@ -10,13 +10,23 @@ class MovedClock:
 
     def __init__(self, now_ms: int = START_MS) -> None:
         self._now_ms = now_ms
+        self._monotonic = 0.0
         self._moved = asyncio.Event()
 
     def now_ms(self) -> int:
         return self._now_ms
 
+    def monotonic(self) -> float:
+        return self._monotonic
+
+    def set(self, *, seconds: float) -> None:
+        """Set the wall clock forward or back, as an operator or NTP would."""
+        self._now_ms += round(seconds * 1000)
+        self.advance(seconds=0.0)
+
     def advance(self, *, seconds: float) -> None:
         self._now_ms += round(seconds * 1000)
+        self._monotonic += seconds
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 

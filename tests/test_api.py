@@ -20,7 +20,7 @@ from relay.model import Secret
 from relay.outbox import Backlog
 from relay.subscription import Subscriptions
 from tests.clock import MovedClock
-from tests.test_delivery import endpoint
+from tests.lanes import endpoint
 
 EVENT = {"event": "post.published", "data": {"postId": "post_abc123"}}
 

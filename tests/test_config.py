@@ -1111,9 +1111,19 @@ def test_the_example_is_valid_and_names_every_key():
 
 def test_the_example_shows_the_defaults(load_text):
     """Whoever takes the comment sign away must not change anything by it."""
-    keep = ("tokens", "allowed_hosts", "ops_listen", "headers", "allow_private", "ports", "secrets", "format")
+    keep = (
+        "tokens",
+        "allowed_hosts",
+        "ops_listen",
+        "headers",
+        "allow_private",
+        "ports",
+        "secrets",
+        "format",
+        "rate",
+    )
     lines = EXAMPLE.read_text().splitlines()
-    commented = [line for line in lines if not re.match(rf"# ({'|'.join(keep)}|listen) = ", line)]
+    commented = [line for line in lines if not re.match(rf"# ({'|'.join(keep)}|listen|rate) = ", line)]
     uncommented = "\n".join(re.sub(r"^# (\w+ = )", r"\1", line) for line in commented)
 
     assert _plain(load_text(uncommented)) == _plain(load(EXAMPLE, {}))

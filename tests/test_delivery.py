@@ -6,14 +6,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from relay.delivery import Lane, Lanes
-from relay.model import Endpoint, Message, Outcome, State
+from relay.delivery import Lanes
+from relay.model import Endpoint, State
 from relay.outbox import Backlog
 from tests.clock import START_MS, MovedClock
+from tests.lanes import REFUSED, ScriptedSender, endpoint, make_lanes, until
 from tests.test_outbox import submission as bare_submission
-
-OK = Outcome(milliseconds=3, status=200, answer="ok")
-REFUSED = Outcome(milliseconds=3, status=503, reason="http_503", answer="busy")
 
 
 def submission(name: str, *endpoints: str, at_ms: int = START_MS):
@@ -24,47 +22,6 @@ def submission(name: str, *endpoints: str, at_ms: int = START_MS):
 
     bare = bare_submission(name, *endpoints, at_ms=at_ms)
     return replace(bare, digest=formats.digest(bare.event))
-
-
-def endpoint(id_: str = "main", **settings: object) -> Endpoint:
-    defaults = {
-        "url": "https://receiver.test/",
-        "events": ("*",),
-        "sign": (),
-        "retry_schedule": (5.0, 300.0, 18_000.0),
-        "timeout_seconds": 15.0,
-        "concurrency": 4,
-    }
-    return Endpoint(id=id_, **(defaults | settings))
-
-
-class ScriptedSender:
-    """Answers as told; keeps what it was given, and holds it while `open` is not set."""
-
-    def __init__(self) -> None:
-        self.messages: list[Message] = []
-        self.outcomes: list[Outcome] = []
-        self.sending = 0
-        self.most_at_once = 0
-        self.open = asyncio.Event()
-        self.open.set()
-
-    async def send(self, endpoint: Endpoint, message: Message) -> Outcome:
-        self.messages.append(message)
-        self.sending += 1
-        self.most_at_once = max(self.most_at_once, self.sending)
-        try:
-            await self.open.wait()
-        finally:
-            self.sending -= 1
-        return self.outcomes.pop(0) if self.outcomes else OK
-
-
-async def until(condition, within: float = 5.0) -> None:
-    """Let the loop run until the condition holds."""
-    async with asyncio.timeout(within):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 @pytest.fixture
@@ -81,16 +38,7 @@ def sender() -> ScriptedSender:
 def run_lanes(outbox, clock, sender):
     @asynccontextmanager
     async def running(*endpoints: Endpoint, grace: float = 5.0) -> AsyncIterator[Lanes]:
-        lanes = Lanes(
-            lambda each: Lane(
-                each,
-                outbox=outbox,
-                sender=sender,
-                clock=clock,
-                connections=asyncio.Semaphore(1000),
-                spread=lambda: 0.5,
-            )
-        )
+        lanes = make_lanes(outbox, sender, clock)
         for each in endpoints:
             await lanes.keep(each, paused=False)
         async with asyncio.TaskGroup() as tasks:
@@ -162,7 +110,7 @@ async def test_all_lanes_together_attempt_no_more_than_there_are_descriptors_for
     """Running out of descriptors would be a failed attempt of whoever comes last."""
     sender.open.clear()
     shared = asyncio.Semaphore(3)
-    lanes = Lanes(lambda each: Lane(each, outbox=outbox, sender=sender, clock=clock, connections=shared))
+    lanes = make_lanes(outbox, sender, clock, connections=shared)
     for id_ in ("main", "other"):
         await lanes.keep(endpoint(id_), paused=False)
     await outbox.accept([submission(f"{n}", "main", "other") for n in range(10)])
@@ -265,11 +213,7 @@ async def test_a_fault_of_our_own_ends_the_lanes_loudly(outbox, clock, run_lanes
             raise ZeroDivisionError
 
     await outbox.accept([submission("a")])
-    lanes = Lanes(
-        lambda each: Lane(
-            each, outbox=outbox, sender=Faulty(), clock=clock, connections=asyncio.Semaphore(1000)
-        )
-    )
+    lanes = make_lanes(outbox, Faulty(), clock)
     await lanes.keep(endpoint(), paused=False)
     with pytest.raises(ExceptionGroup):
         await lanes.run()

@@ -18,14 +18,14 @@ from standardwebhooks import Webhook
 from relay import egress
 from relay.clock import Clock
 from relay.config import DeliverySettings, SettingsError
-from relay.delivery import Lane, Lanes
+from relay.delivery import Lanes
 from relay.endpoints import ConflictError, Endpoints, Registered, UnknownEndpointError, compared
 from relay.ingest import Draft, Ingest, InvalidError
 from relay.model import Endpoint, Message, Outcome, Receipt, State
 from relay.outbox import Backlog, Ended, FullError, Outbox
 from relay.subscription import Subscriptions
 from tests.clock import MovedClock
-from tests.test_delivery import OK, endpoint, until
+from tests.lanes import OK, endpoint, make_lanes, until
 
 URL = "https://receiver.test/hook"
 SECRET = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
@@ -75,11 +75,7 @@ async def house(
     defaults: DeliverySettings = DeliverySettings(),  # noqa: B008 - frozen
 ) -> AsyncIterator[House]:
     sender = NotingSender()
-    lanes = Lanes(
-        lambda each: Lane(
-            each, outbox=outbox, sender=sender, clock=clock, connections=asyncio.Semaphore(1000)
-        )
-    )
+    lanes = make_lanes(outbox, sender, clock)
     ingest = Ingest(outbox=outbox, subscriptions=Subscriptions([]), clock=clock, wake=lanes.wake)
     endpoints = Endpoints(
         configured=configured,

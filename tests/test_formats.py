@@ -1,6 +1,5 @@
 """Formats: what an event looks like on the wire, the same on every attempt."""
 
-import asyncio
 import json
 from dataclasses import replace
 from urllib.parse import unquote
@@ -10,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay import formats
-from relay.delivery import Lane
 from relay.model import Delivery, Endpoint, Event
 from tests.clock import START_MS, MovedClock
-from tests.test_delivery import ScriptedSender
+from tests.lanes import ScriptedSender, make_lanes
 
 EVENT = Event(
     id="evt_1",
@@ -151,14 +149,16 @@ async def test_a_format_that_changed_on_the_disk_is_not_sent(outbox):
     """One bit of one row must neither be guessed at nor end the lanes of all the others."""
     delivery = Delivery(
         handle=(1, 1), event=EVENT, endpoint="main", format="evgnt", attempts=0, steps=0,
-        digest=formats.digest(EVENT),
+        due_ms=START_MS, digest=formats.digest(EVENT),
     )  # fmt: skip
     main = Endpoint(
         id="main", url="https://receiver.test/", events=("*",), sign=(), retry_schedule=(),
         timeout_seconds=15.0, concurrency=1,
     )  # fmt: skip
     sender = ScriptedSender()
-    lane = Lane(main, outbox=outbox, sender=sender, clock=MovedClock(), connections=asyncio.Semaphore(1))
+    lanes = make_lanes(outbox, sender, MovedClock())
+    await lanes.keep(main, paused=False)
+    lane = lanes._lanes["main"]
 
     refused = await lane._outcome(delivery, 1, START_MS)
     sent = await lane._outcome(replace(delivery, format="event"), 1, START_MS)

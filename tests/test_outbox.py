@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from relay.model import Attempt, Delivery, Event, State, Submission, Verdict
+from relay.model import Attempt, Delivery, Event, Owed, State, Submission, Verdict
 from relay.outbox import Backlog, ConflictError, Ended, KeptEndpoint, Past, Query
 
 NOW = 1_768_471_200_000
@@ -26,7 +26,7 @@ def submission(
     )  # fmt: skip
     return Submission(
         event=event,
-        endpoints=tuple((endpoint, "event") for endpoint in endpoints or ("main",)),
+        endpoints=tuple(Owed(endpoint, "event") for endpoint in endpoints or ("main",)),
         digest=hashlib.sha256(name.encode()).digest(),
         idempotency_key=key,
         fingerprint=content.encode() if key else None,

@@ -173,7 +173,7 @@ HOT = {
         statements.insert_events(
             db, [(n, f"e{n}", "t", "z", b"1", b"d", NOW, None, None, None, f"k{n}", b"f") for n in (501, 502)]
         ),
-        statements.insert_deliveries(db, [(501, 1, NOW, "event"), (502, 1, NOW, "event")]),
+        statements.insert_deliveries(db, [(501, 1, NOW, "event", None, 0), (502, 1, NOW, "event", None, 0)]),
     ),
     "idempotency": lambda db: (statements.known_key(db, "k1"), statements.endpoints_of(db, 1)),
     "claim": lambda db: statements.look(db, 1, NOW, (NOW - 1, 5), 10),
@@ -184,7 +184,7 @@ HOT = {
     "story": lambda db: listing.story(db, "evt_1"),
     "page": lambda db: [listing.page(db, query) for query in QUERIES],
     "replay": lambda db: [revival.find(db, ended, 1, 0) for ended in ENDED]
-    + [revival.revive(db, [(1, 1), (2, 1)], [NOW, NOW])],
+    + [revival.revive(db, [(1, 1), (2, 1)], [NOW, NOW], now_ms=NOW)],
     "forget": lambda db: statements.forget(db, NOW + 1, 0, 10),
     "cancel": lambda db: statements.cancel(db, 1, 10),
 }  # fmt: skip
@@ -271,7 +271,7 @@ async def test_a_reserve_of_the_disk_is_kept_for_outcomes(path, monkeypatch):
 
 
 async def test_outcomes_that_find_no_room_are_written_once_there_is(path, monkeypatch):
-    monkeypatch.setattr("relay.outbox.sqlite.FULL_RETRY_SECONDS", 0.02)
+    monkeypatch.setattr("relay.outbox.committer.FULL_RETRY_SECONDS", 0.02)
     async with open_outbox(path) as outbox:
         await outbox.register(["main"])
         await outbox.accept([submission("a")])
@@ -304,7 +304,7 @@ async def test_a_stop_does_not_wait_for_room_on_a_full_disk(path, monkeypatch):
             raise error
 
         monkeypatch.setattr(statements, "update_deliveries", fails)
-        monkeypatch.setattr("relay.outbox.sqlite.FULL_RETRY_SECONDS", 0.02)
+        monkeypatch.setattr("relay.outbox.committer.FULL_RETRY_SECONDS", 0.02)
         recording = asyncio.get_running_loop().create_task(
             outbox.record(claimed, attempt(claimed), DELIVERED)
         )

@@ -115,8 +115,10 @@ class Events:
         outbox = self._state.outbox
         if await outbox.story(id_) is None:
             raise Problem(404, "there is no event of this id; it may have been forgotten after the retention")
-        count = await outbox.revive(Ended(event_id=id_, endpoint=endpoint), self._state.clock.now_ms())
-        self._state.wake(self._state.ingest.subscriptions.endpoints)
+        try:
+            count = await outbox.revive(Ended(event_id=id_, endpoint=endpoint), self._state.clock.now_ms())
+        finally:
+            self._state.wake(self._state.ingest.subscriptions.endpoints)
         return answer({"count": count})
 
     async def types(self, _request: web.Request) -> web.Response:
@@ -298,12 +300,15 @@ def _story(story: Story) -> dict[str, object]:
 
 
 def _delivery(delivery: DeliveryStory) -> dict[str, object]:
-    return {
+    shown: dict[str, object] = {
         "endpoint": delivery.endpoint,
         "state": delivery.state,
         "attempts": [_attempt(attempt) for attempt in delivery.attempts],
         "next_attempt_at": iso(delivery.due_ms) if delivery.due_ms is not None else None,
     }
+    if delivery.expired_at_ms is not None:
+        shown["expired_at"] = iso(delivery.expired_at_ms)
+    return shown
 
 
 def _attempt(attempt: Attempt) -> dict[str, object]:

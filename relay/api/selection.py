@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from relay.api.answers import Mistake, invalid
+from relay.config import WrongValueError, parse_rate
 from relay.ingest import RFC3339, escaped
 from relay.model import State
 from relay.outbox import Ended, Query
@@ -20,7 +21,6 @@ STATES = {state.value: state for state in State}
 ENDED = {state: STATES[state] for state in ("delivered", "dead", "cancelled")}
 QUERY = ("event", "endpoint", "state", "since", "until", "limit", "cursor")
 REPLAY = ("state", "since", "until", "event", "rate", "dry_run")
-RATE = re.compile(r"([1-9][0-9]{0,5})/([sm])")
 
 
 class WrongError(ValueError):
@@ -117,10 +117,10 @@ def _switch(value: object) -> bool:
 
 
 def _spacing(value: object) -> float:
-    match = RATE.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise WrongError('must be a rate such as "50/s" or "1000/m"')
-    return (1000 if match[2] == "s" else 60_000) / int(match[1])
+    try:
+        return 1000 / parse_rate(value if isinstance(value, str) else "")
+    except WrongValueError:
+        raise WrongError('must be a rate such as "50/s" or "1000/m"') from None
 
 
 def _one_of(states: Mapping[str, State]) -> Callable[[object], State]:

@@ -21,7 +21,7 @@ from relay.endpoints import (
     UnknownEndpointError,
 )
 from relay.ingest import iso
-from relay.model import Endpoint, Outcome
+from relay.model import Endpoint, Outcome, Standing
 from relay.outbox import Backlog, Past
 from relay.rehearsal import rehearse
 
@@ -103,8 +103,10 @@ class Webhooks:
         if asked.dry_run:
             count = await outbox.count(asked.ended)
         else:
-            count = await outbox.revive(asked.ended, self._state.clock.now_ms(), asked.spacing_ms)
-            self._state.wake([id_])
+            try:
+                count = await outbox.revive(asked.ended, self._state.clock.now_ms(), asked.spacing_ms)
+            finally:  # also when it could go only half the way
+                self._state.wake([id_])
         return answer({"count": count, "dry_run": asked.dry_run})
 
     async def test(self, request: web.Request) -> web.Response:
@@ -181,7 +183,7 @@ def shown(
         "url": masked(endpoint.url),
         "events": endpoint.events,
         "source": endpoint.source,
-        "state": "paused" if registered.paused else "active",
+        "state": state_of(registered, past),
         "pending": backlog.pending if backlog else 0,
         "dead": backlog.dead if backlog else 0,
         "oldest_pending_seconds": max(0, now_ms - oldest_ms) / 1000 if oldest_ms is not None else None,
@@ -195,7 +197,24 @@ def shown(
         "timeout": duration(endpoint.timeout_seconds),
         "retry_schedule": [duration(seconds) for seconds in endpoint.retry_schedule],
         "concurrency": endpoint.concurrency,
+        "rate": shown_rate(endpoint.rate),
+        "order": endpoint.order,
     }
+
+
+def state_of(registered: Registered, past: Past | None) -> str:
+    """Say how an endpoint stands in the contract's words; a person's own word goes first."""
+    if registered.paused:
+        return "paused"
+    standing = past.health.standing if past else Standing.UP
+    return "active" if standing is Standing.UP else standing.value
+
+
+def shown_rate(rate: float | None) -> str | None:
+    """Write a rate the way it is read: 50.0 -> "50/s", 2.5 -> "150/m"."""
+    if rate is None:
+        return None
+    return f"{round(rate)}/s" if rate == round(rate) else f"{round(rate * 60)}/m"
 
 
 def masked(url: str) -> str:

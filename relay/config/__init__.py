@@ -22,7 +22,7 @@ from relay.config.address import Address
 from relay.config.check import Report, WrongValueError, has_type, keys, read_table, refuse_unknown
 from relay.config.endpoint import SettingsError, read_api_endpoint, read_endpoints
 from relay.config.lines import Place
-from relay.config.quantity import parse_duration, parse_size
+from relay.config.quantity import parse_duration, parse_rate, parse_size
 from relay.config.settings import (
     STANDARD_SCHEDULE,
     TABLES,
@@ -53,6 +53,7 @@ __all__ = [
     "find",
     "load",
     "parse_duration",
+    "parse_rate",
     "parse_size",
     "read_api_endpoint",
 ]

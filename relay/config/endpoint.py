@@ -11,6 +11,9 @@ from relay.config.settings import DeliverySettings, EndpointSettings
 from relay.model import Endpoint, Secret, Signer
 from relay.signing import GenericForm, UnusableSecretError, scheme_of, together
 
+# What decides about an endpoint's fate or about this machine's files is not for whoever may register one.
+CONFIG_ALONE = ("max_age", "down_after", "probe_interval", "probe_max")
+
 
 def read_endpoints(
     raw: Any, delivery: DeliverySettings, policy: egress.Policy, report: Report
@@ -40,6 +43,8 @@ def read_api_endpoint(
 ) -> Endpoint:
     """Read the settings of an endpoint of the API by the same rules. Raises SettingsError."""
     report = Report()
+    for name in settings.keys() & CONFIG_ALONE:
+        report.wrong((name,), "is set in the config alone")
     endpoint = _endpoint(settings, (), delivery, policy, report)
     if endpoint is not None and "secrets" in settings:
         # The newest remains alone when a rotation's overlap ends, and has to do for every scheme then.
@@ -72,6 +77,7 @@ def _endpoint(
         if problem is not None:
             report.wrong((*at, "url"), problem)
     _check_headers(how, at, report)
+    _check_patience(table, how, at, report)
     sign = _signers(table, own, how, at, report)
     if not report.clean(at):
         return None
@@ -85,6 +91,12 @@ def _endpoint(
         retry_schedule=how.retry_schedule,
         timeout_seconds=how.timeout_seconds,
         concurrency=how.concurrency,
+        rate=how.rate,
+        order=how.order,
+        max_age_seconds=how.max_age_seconds,
+        down_after=how.down_after,
+        probe_interval_seconds=how.probe_interval_seconds,
+        probe_max_seconds=how.probe_max_seconds,
         format=formats.fixed(how.format, how.source),
         headers=how.headers,
     )
@@ -113,6 +125,28 @@ def _signers(
         except UnusableSecretError as error:
             report.wrong((*at, name), f"cannot sign as {signature}: {error}")
     return (together(signers),)
+
+
+def _check_patience(table: Mapping[str, Any], how: DeliverySettings, at: Place, report: Report) -> None:
+    """Note waits that cannot be meant, once and where they stand."""
+    schedule_seconds = sum(how.retry_schedule)
+    if schedule_seconds > how.max_age_seconds:
+        place = _set_at(table, at, "max_age", "retry_schedule")
+        if report.clean(place):
+            report.wrong(
+                place,
+                f"retry_schedule takes {schedule_seconds:g} s in all, longer than max_age, "
+                f"{how.max_age_seconds:g} s",
+            )
+    if how.probe_max_seconds < how.probe_interval_seconds:
+        place = _set_at(table, at, "probe_max", "probe_interval")
+        if report.clean(place):
+            report.wrong(place, "probe_max is shorter than probe_interval")
+
+
+def _set_at(table: Mapping[str, Any], at: Place, *names: str) -> Place:
+    """Return the place of the first of these keys that the table sets; else it is [delivery]'s doing."""
+    return next(((*at, name) for name in names if name in table), ("delivery", names[0]))
 
 
 def _check_headers(how: DeliverySettings, at: Place, report: Report) -> None:

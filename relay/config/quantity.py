@@ -1,6 +1,6 @@
-"""Durations, sizes, numbers and words: text of the config in, what it means out.
+"""Durations, sizes, rates, numbers and words: text of the config in, what it means out.
 
-Pure; `WrongValueError` says why a text will not do. The API reads its durations and sizes with these too.
+Pure; `WrongValueError` says why a text will not do. The API reads its durations and rates with these too.
 """
 
 import math
@@ -13,6 +13,7 @@ _DURATION = re.compile(
     r"(?:([0-9]{1,6})d)?(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,9})s)?(?:([0-9]{1,9})ms)?"
 )
 _SECONDS = (86_400, 3_600, 60, 1, 0.001)
+_RATE = re.compile(r"([1-9][0-9]{0,5})/([sm])")
 _SIZE = re.compile(r"([0-9]{1,12})([A-Za-z]+)")
 _BYTES = {
     "B": 1,
@@ -41,6 +42,14 @@ def parse_size(text: str) -> int:
     if match is None or match[2] not in _BYTES:
         raise WrongValueError(f'{quoted(text)} is not a size such as "256KiB"; units are {", ".join(_BYTES)}')
     return int(match[1]) * _BYTES[match[2]]
+
+
+def parse_rate(text: str) -> float:
+    """Return how many a second a text like "50/s" or "1000/m" allows."""
+    match = _RATE.fullmatch(text)
+    if match is None:
+        raise WrongValueError(f'{quoted(text)} is not a rate such as "50/s" or "1000/m"')
+    return int(match[1]) / (1 if match[2] == "s" else 60)
 
 
 def duration_between(shortest: str, longest: str) -> Callable[[str], float]:

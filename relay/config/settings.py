@@ -14,7 +14,7 @@ from relay.config.address import Address, parse_address, parse_host, parse_netwo
 from relay.config.check import ListOf, Report, Scalar, has_type
 from relay.config.header import HeaderTable
 from relay.config.lines import Place
-from relay.config.quantity import duration_between, number_between, one_of, size_between
+from relay.config.quantity import duration_between, number_between, one_of, parse_rate, size_between
 from relay.config.signature import SignatureEntry
 from relay.config.values import (
     parse_endpoint_id,
@@ -71,6 +71,7 @@ _HOSTS = ListOf(Scalar(str, "a host name", parse_host), "a list of host names")
 _NETWORKS = ListOf(Scalar(str, 'a range such as "10.1.0.0/16"', parse_network), "a list of address ranges")
 _PORTS = ListOf(_number(1, 65535), "a list of ports", at_least=1)
 _EVENT_SIZE = Scalar(str, 'a size with its unit, such as "256KiB"', size_between("1B", "16MiB"))
+_RATE = Scalar(str, 'a rate such as "50/s"', parse_rate)
 _SOURCE = Scalar(str, "a URI reference", parse_source)
 _TOKENS = ListOf(Scalar(str, "text", parse_token), "a list of tokens")
 _SECRET = Scalar(str, "text", parse_secret)
@@ -112,7 +113,13 @@ class DeliverySettings:
 
     timeout_seconds: Annotated[float, _duration("1ms", "1h"), "timeout"] = 15.0
     retry_schedule: Annotated[tuple[float, ...], _RetrySchedule()] = (5.0, 300.0, 18_000.0)
+    max_age_seconds: Annotated[float, _duration("1s", "3650d"), "max_age"] = 7 * 86_400.0
+    down_after: Annotated[int, _number(0, 1000)] = 5
+    probe_interval_seconds: Annotated[float, _duration("10ms", "1d"), "probe_interval"] = 30.0
+    probe_max_seconds: Annotated[float, _duration("10ms", "1d"), "probe_max"] = 600.0
     concurrency: Annotated[int, _number(1, 1000)] = 32
+    rate: Annotated[float | None, _RATE] = None  # attempts a second
+    order: Annotated[Literal["none", "key"], _word("none", "key")] = "none"
     signatures: Annotated[tuple[Signature, ...], _SIGNATURES] = ("standard", "socialsyncer")
     format: Annotated[str, _FORMAT] = "event"
     source: str = formats.DEFAULT_SOURCE  # no key: that of [server], which formats show

@@ -1,10 +1,11 @@
 """The outbox: the durable memory of the relay, and the promise every store of it keeps.
 
 An application's event comes in by `accept`, which answers once the event and its deliveries are on
-disk. A lane takes what is due by `claim`, and gives it back by `record`, with the attempt it made and
-the verdict that followed, or by `release`, unspent; `revive` puts back what was over. Everything else is
-looking (`due`, `backlog`, `pasts`, `events`, `story`, `count`) and keeping the house (`register`,
-`endpoints`, `keep_endpoint`, `drop_endpoint`, `forget`).
+disk. A lane takes what is due by `claim`, or one after the other by `probe`, and gives it back by `record`,
+with the attempt it made and the verdict that followed, or by `release`, unspent. `expire` ends what has
+waited too long, `revive` puts back what was over. Everything else is looking (`due`, `backlog`, `pasts`,
+`events`, `story`, `count`, `last_seen`) and keeping the house (`register`, `endpoints`, `keep_endpoint`,
+`keep_health`, `drop_endpoint`, `advance`, `forget`).
 
 What every store promises:
 
@@ -17,21 +18,23 @@ What every store promises:
   released. After a crash all that was claimed and not recorded is simply due again.
 - `claim` answers in order of due time, then of acceptance, and never more than asked for. Its cost does
   not grow with what is pending.
+- Of the deliveries of one key that are owed in order at one endpoint, only the oldest pending one is ever
+  handed out. The next is when that one is over, also across restarts; a revived one goes before newer ones.
 - A receipt names the endpoints that are owed the event: an endpoint dropped before the commit is not among
   them, one dropped after it has a cancelled delivery.
 - `record` and `release` act only on what the caller still holds. `record` returns when the outcome is
-  on disk; until then the delivery stays claimed.
+  on disk; until then the delivery stays claimed. What it has to tell others is accepted in the same breath.
 - Stores have no clock: every time comes in as an argument, in milliseconds since 1970.
 - No exception of a store's own library leaves it; what does is named below.
 """
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from relay.model import Attempt, Delivery, Event, Receipt, State, Submission, Verdict
+from relay.model import Attempt, Delivery, Event, Health, Receipt, State, Submission, Verdict
 
 
 class OutboxError(Exception):
@@ -77,6 +80,7 @@ class KeptEndpoint:
     id: str
     settings: bytes | None
     paused: bool
+    health: Health = field(default_factory=Health)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +91,25 @@ class Past:
     last_success_at_ms: int | None
     last_failure_at_ms: int | None
     last_error: str | None
+    health: Health = field(default_factory=Health)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expired:
+    """A delivery that waited too long and is dead now."""
+
+    event_id: str
+    type: str
+    attempts: int  # made in vain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """What one step of `expire` ended, and what is left."""
+
+    expired: tuple[Expired, ...]
+    more: bool  # old enough may be left: look again
+    oldest_ms: int | None  # else since when the oldest of them waits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +132,7 @@ class DeliveryStory:
     state: State
     due_ms: int | None
     attempts: tuple[Attempt, ...]
+    expired_at_ms: int | None = None  # when it had waited too long
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +179,10 @@ class Outbox(Protocol):
         """Keep an endpoint or what changed of it; events may be accepted for it from now on."""
         ...
 
+    async def keep_health(self, endpoint: str, health: Health) -> None:
+        """Keep how an endpoint stands, apart from any attempt."""
+        ...
+
     async def drop_endpoint(self, endpoint: str) -> int:
         """Cancel what waits for an endpoint and forget its settings; return how much was cancelled.
 
@@ -170,8 +198,23 @@ class Outbox(Protocol):
         """Take up to `limit` deliveries that are due."""
         ...
 
-    async def record(self, delivery: Delivery, attempt: Attempt, verdict: Verdict) -> None:
-        """Keep what an attempt met and what follows from it."""
+    async def probe(self, endpoint: str) -> Delivery | None:
+        """Take the next pending delivery after the one probed before, due or not, each in its turn."""
+        ...
+
+    async def record(
+        self,
+        delivery: Delivery,
+        attempt: Attempt,
+        verdict: Verdict,
+        *,
+        health: Health | None = None,
+        news: Sequence[Submission] = (),
+    ) -> list[Receipt]:
+        """Keep what an attempt met, what follows from it, and how the endpoint stands if that changed.
+
+        `news` are events of the relay's own about it; their receipts are returned, none if there is no room.
+        """
         ...
 
     async def release(self, deliveries: Sequence[Delivery]) -> None:
@@ -180,6 +223,21 @@ class Outbox(Protocol):
 
     async def due(self, endpoint: str) -> int | None:
         """Return when the next unclaimed delivery falls due; a time in the past means: claim."""
+        ...
+
+    async def expire(self, endpoint: str, before_ms: int, age_from_ms: int, now_ms: int) -> Patience:
+        """Let deliveries be dead that wait since a time or earlier; before `age_from_ms` nothing waited.
+
+        Looks at a bounded number. What is in flight is left alone.
+        """
+        ...
+
+    async def advance(self, endpoint: str, latest_ms: int, now_ms: int) -> None:
+        """Let nothing be due after `latest_ms`: the clock was set, and what is pending does not know."""
+        ...
+
+    async def last_seen(self) -> int | None:
+        """Return the latest time that anything was accepted or attempted."""
         ...
 
     async def count(self, ended: Ended) -> int:

@@ -6,10 +6,10 @@ Runs on the connection's thread as one function, so no other statement can come 
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from relay.model import Attempt, Delivery, Receipt, Submission, Verdict
-from relay.outbox import ConflictError, statements
+from relay.model import Attempt, Delivery, Health, Receipt, Submission, Verdict
+from relay.outbox import ConflictError, order, statements
 from relay.outbox.statements import CODES, Row
 
 Accepted = list[Receipt] | ConflictError
@@ -17,12 +17,21 @@ Known = tuple[bytes | None, Receipt]
 Change = Callable[[sqlite3.Connection], Any]
 
 
+class Record(NamedTuple):
+    """What an attempt met, what follows, and how the endpoint stands if that changed."""
+
+    delivery: Delivery
+    attempt: Attempt
+    verdict: Verdict
+    health: Health | None = None
+
+
 @dataclass(slots=True)
 class Batch:
     """What waits for the next commit."""
 
     accepts: list[Sequence[Submission]] = field(default_factory=list)
-    records: list[tuple[Delivery, Attempt, Verdict]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
 
 
@@ -32,7 +41,9 @@ class Written:
 
     last_seq: int
     accepted: list[Accepted] = field(default_factory=list)
-    fresh: list[Delivery] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)  # the endpoint of each new delivery
+    fresh: list[Delivery] = field(default_factory=list)  # of them those that may be claimed
+    passed_on: list[tuple[str, int]] = field(default_factory=list)  # endpoint, when the next of a key is due
     changed: list[Any] = field(default_factory=list)
 
 
@@ -41,7 +52,7 @@ def write(db: sqlite3.Connection, batch: Batch, numbers: dict[str, int], last_se
     db.execute("BEGIN IMMEDIATE")
     try:
         written = _accept(db, batch.accepts, numbers, last_seq)
-        _record(db, batch.records)
+        written.passed_on = _record(db, batch.records)
         written.changed = [change(db) for change in batch.changes]
         db.execute("COMMIT")
     except BaseException:
@@ -52,11 +63,12 @@ def write(db: sqlite3.Connection, batch: Batch, numbers: dict[str, int], last_se
     return written
 
 
-def _record(db: sqlite3.Connection, records: Sequence[tuple[Delivery, Attempt, Verdict]]) -> None:
+def _record(db: sqlite3.Connection, records: Sequence[Record]) -> list[tuple[str, int]]:
     deliveries: list[Row] = []
     failures: list[Row] = []
     endpoints: dict[int, list[object]] = {}  # number -> last success, last failure, its reason
-    for delivery, attempt, verdict in records:
+    healths: dict[int, Health] = {}
+    for delivery, attempt, verdict, health in records:
         last_of = endpoints.setdefault(delivery.handle[1], [None, None, None])
         met: Row = (attempt.at_ms, attempt.milliseconds, attempt.status)
         if attempt.reason is None:
@@ -66,11 +78,27 @@ def _record(db: sqlite3.Connection, records: Sequence[tuple[Delivery, Attempt, V
             last = (None, None, None, None)
             last_of[1:] = attempt.at_ms, attempt.reason
             failures.append((*delivery.handle, attempt.number, *met, attempt.reason, attempt.answer))
+        if health is not None:
+            healths[delivery.handle[1]] = health
         follows: Row = (CODES[verdict.state], verdict.due_ms, attempt.number, verdict.steps)
         deliveries.append((*delivery.handle, *follows, *last))
     statements.update_deliveries(db, deliveries)
     statements.insert_attempts(db, failures)
     statements.update_endpoints(db, [(*last_of, number) for number, last_of in endpoints.items()])
+    statements.update_healths(db, healths)
+    return _passed_on(db, records)
+
+
+def _passed_on(db: sqlite3.Connection, records: Sequence[Record]) -> list[tuple[str, int]]:
+    """Let the next of each key go whose oldest is over."""
+    passed_on: list[tuple[str, int]] = []
+    for record in records:
+        delivery, key = record.delivery, record.delivery.event.key
+        if delivery.ordered and key is not None:
+            due_ms = order.pass_on(db, delivery.handle, key)
+            if due_ms is not None:
+                passed_on.append((delivery.endpoint, due_ms))
+    return passed_on
 
 
 class Keys:
@@ -144,15 +172,15 @@ def _accept_all(submissions: Sequence[Submission], keys: Keys, new: list[Submiss
 
 def _live(submission: Submission, numbers: dict[str, int]) -> Submission:
     """Leave out endpoints that were dropped while the submission was on its way."""
-    if all(endpoint in numbers for endpoint, _ in submission.endpoints):
+    if all(owed.endpoint in numbers for owed in submission.endpoints):
         return submission
-    endpoints = tuple(each for each in submission.endpoints if each[0] in numbers)
+    endpoints = tuple(owed for owed in submission.endpoints if owed.endpoint in numbers)
     return replace(submission, endpoints=endpoints)
 
 
 def _receipt(submission: Submission, *, duplicate: bool) -> Receipt:
     event = submission.event
-    endpoints = tuple(endpoint for endpoint, _ in submission.endpoints)
+    endpoints = tuple(owed.endpoint for owed in submission.endpoints)
     return Receipt(
         id=event.id, type=event.type, timestamp=event.timestamp, endpoints=endpoints, duplicate=duplicate
     )
@@ -163,6 +191,7 @@ def _insert(
 ) -> None:
     events: list[Row] = []
     deliveries: list[Row] = []
+    heads = order.Heads(db)
     for submission in new:
         written.last_seq += 1
         seq, event = written.last_seq, submission.event
@@ -171,14 +200,18 @@ def _insert(
              event.key, event.traceparent, event.tracestate, submission.idempotency_key,
              submission.fingerprint)
         )  # fmt: skip
-        for endpoint, format_ in submission.endpoints:
+        for endpoint, format_, ordered in submission.endpoints:
             number = numbers[endpoint]
-            deliveries.append((seq, number, event.accepted_at_ms, format_))
-            written.fresh.append(
-                Delivery(
-                    handle=(seq, number), event=event, endpoint=endpoint, format=format_,
-                    attempts=0, steps=0, digest=submission.digest,
-                )
+            key = event.key if ordered else None
+            held = key is not None and heads.holds_back(number, key)
+            deliveries.append((seq, number, event.accepted_at_ms, format_, key, held))
+            delivery = Delivery(
+                handle=(seq, number), event=event, endpoint=endpoint, format=format_,
+                attempts=0, steps=0, due_ms=event.accepted_at_ms, digest=submission.digest,
+                ordered=key is not None,
             )  # fmt: skip
+            written.pending.append(number)
+            if not held:
+                written.fresh.append(delivery)
     statements.insert_events(db, events)
     statements.insert_deliveries(db, deliveries)

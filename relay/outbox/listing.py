@@ -102,8 +102,9 @@ def _story(db: sqlite3.Connection, row: Any) -> Story:
         accepted_at_ms=accepted_at, key=key, traceparent=parent, tracestate=state,
     )  # fmt: skip
     deliveries = db.execute(
-        "SELECT d.endpoint, p.id, d.state, d.due, d.attempts, d.at, d.milliseconds, d.status, d.answer"
-        " FROM deliveries d JOIN endpoints p ON p.number = d.endpoint WHERE d.event = ?",
+        "SELECT d.endpoint, p.id, d.state, iif(d.held, NULL, d.due), d.attempts, d.at, d.milliseconds,"
+        " d.status, d.answer, d.expired FROM deliveries d JOIN endpoints p ON p.number = d.endpoint"
+        " WHERE d.event = ?",
         (seq,),
     ).fetchall()
     stories = [_delivery(db, seq, each) for each in deliveries]
@@ -111,7 +112,7 @@ def _story(db: sqlite3.Connection, row: Any) -> Story:
 
 
 def _delivery(db: sqlite3.Connection, seq: int, row: Any) -> DeliveryStory:
-    number, endpoint, state, due, count, at, milliseconds, status, answer = row
+    number, endpoint, state, due, count, at, milliseconds, status, answer, expired = row
     attempts = [
         _attempt(each)
         for each in db.execute(
@@ -122,7 +123,13 @@ def _delivery(db: sqlite3.Connection, seq: int, row: Any) -> DeliveryStory:
     ]
     if at is not None:  # the one that ended it well is kept in its own row
         attempts.append(_attempt((count, at, milliseconds, status, None, answer)))
-    return DeliveryStory(endpoint=endpoint, state=STATES[state], due_ms=due, attempts=tuple(attempts))
+    return DeliveryStory(
+        endpoint=endpoint,
+        state=STATES[state],
+        due_ms=due,
+        attempts=tuple(attempts),
+        expired_at_ms=expired,
+    )
 
 
 def _attempt(row: Any) -> Attempt:

@@ -1,12 +1,12 @@
 """Replay: deliveries that are over go back to pending; runs on the connection's thread, step by step."""
 
 import sqlite3
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from relay.model import State
-from relay.outbox import Ended
+from relay.outbox import Ended, order
 from relay.outbox.statements import CODES, STATES
 
 STEP = 500  # deliveries looked at in one step: a few milliseconds
@@ -25,6 +25,7 @@ class Step:
 
     found: list[tuple[Handle, State]]
     after: int | None
+    held: list[Handle] = field(default_factory=list)  # pending ones that what was revived goes before
 
 
 def find(db: sqlite3.Connection, ended: Ended, number: int | None, after: int) -> Step:
@@ -70,8 +71,20 @@ def _fits(ended: Ended, type_: str, accepted_at: int) -> bool:
     )
 
 
-def revive(db: sqlite3.Connection, handles: Sequence[Handle], due: Sequence[int]) -> None:
-    """Put these deliveries back to pending; what they were delivered with joins their other attempts."""
+def revive(
+    db: sqlite3.Connection,
+    handles: Sequence[Handle],
+    due: Sequence[int],
+    *,
+    now_ms: int,
+    in_flight: Collection[Handle] = (),
+) -> list[Handle]:
+    """Put these deliveries back to pending; what they were delivered with joins their other attempts.
+
+    One that has a key goes before newer ones of its key, but not before one that is in flight. Returns the
+    pending deliveries that have to wait for them.
+    """
+    heads = _heads(db, handles)
     db.executemany(
         "INSERT INTO attempts (event, endpoint, number, at, milliseconds, status, answer)"
         " SELECT event, endpoint, attempts, at, milliseconds, status, answer FROM deliveries"
@@ -80,6 +93,26 @@ def revive(db: sqlite3.Connection, handles: Sequence[Handle], due: Sequence[int]
     )
     db.executemany(
         "UPDATE deliveries SET state = 0, due = ?, steps = 0, at = NULL, milliseconds = NULL, status = NULL,"
-        " answer = NULL WHERE event = ? AND endpoint = ?",
-        [(due_ms, *handle) for handle, due_ms in zip(handles, due, strict=True)],
+        " answer = NULL, since = ?, expired = NULL, held = key IS NOT NULL WHERE event = ? AND endpoint = ?",
+        [(due_ms, now_ms, *handle) for handle, due_ms in zip(handles, due, strict=True)],
     )
+    waiting: list[Handle] = []
+    for (number, key), head in heads.items():
+        if head is not None and (head, number) in in_flight:
+            continue  # it passes on to what is older when its attempt is over
+        order.go_before(db, head, number, key)
+        if head is not None:
+            waiting.append((head, number))
+    return waiting
+
+
+def _heads(db: sqlite3.Connection, handles: Sequence[Handle]) -> dict[tuple[int, str], int | None]:
+    """Return the oldest that is pending of each key at each endpoint."""
+    heads: dict[tuple[int, str], int | None] = {}
+    for event, number in handles:
+        (key,) = db.execute(
+            "SELECT key FROM deliveries WHERE event = ? AND endpoint = ?", (event, number)
+        ).fetchone()
+        if key is not None and (number, key) not in heads:
+            heads[number, key] = order.oldest(db, number, key)
+    return heads

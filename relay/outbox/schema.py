@@ -71,7 +71,21 @@ VERSION_1 = (
     ) STRICT, WITHOUT ROWID""",
 )
 
-VERSIONS = (VERSION_1,)
+# How an endpoint stands is one JSON value, read and written whole. A delivery has a `key` where its endpoint
+# keeps order; it is `held` while an older one of its key is pending, and no index of what is due has it then.
+# `since` is when it was last replayed, `expired` when it had waited too long.
+VERSION_2 = (
+    "ALTER TABLE endpoints ADD COLUMN health TEXT",
+    "ALTER TABLE deliveries ADD COLUMN key TEXT",
+    "ALTER TABLE deliveries ADD COLUMN held INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE deliveries ADD COLUMN since INTEGER",
+    "ALTER TABLE deliveries ADD COLUMN expired INTEGER",
+    "DROP INDEX deliveries_due",
+    "CREATE INDEX deliveries_due ON deliveries (endpoint, due, event) WHERE state = 0 AND held = 0",
+    "CREATE INDEX deliveries_key ON deliveries (endpoint, key, event) WHERE state = 0 AND key IS NOT NULL",
+)
+
+VERSIONS = (VERSION_1, VERSION_2)
 
 
 def prepare(db: sqlite3.Connection, path: str, synchronous: str) -> None:

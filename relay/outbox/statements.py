@@ -7,12 +7,14 @@ than by rows: what is written is written in wide statements, many rows to a step
 
 import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain
 from typing import Any
 
-from relay.model import Delivery, Event, State
+import orjson
+
+from relay.model import Delivery, Event, Health, Standing, State
 from relay.outbox import KeptEndpoint, Past
 
 STATES = (State.PENDING, State.DELIVERED, State.DEAD, State.CANCELLED)
@@ -46,7 +48,7 @@ def insert_events(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
 
 
 def insert_deliveries(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
-    _wide(db, "INSERT INTO deliveries (event, endpoint, due, format) VALUES", rows)
+    _wide(db, "INSERT INTO deliveries (event, endpoint, due, format, key, held) VALUES", rows)
 
 
 def update_deliveries(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
@@ -89,15 +91,17 @@ def endpoints_of(db: sqlite3.Connection, seq: int) -> tuple[str, ...]:
 
 
 CLAIM = """
-    SELECT d.due, d.event, d.format, d.attempts, d.steps,
+    SELECT d.due, d.event, d.format, d.attempts, d.steps, d.key, d.since,
            e.id, e.type, e.timestamp, e.data, e.accepted_at, e.key, e.traceparent, e.tracestate, e.digest
     FROM deliveries d CROSS JOIN events e ON e.seq = d.event
-    WHERE d.endpoint = ? AND d.state = 0 AND d.due <= ? AND (d.due, d.event) > (?, ?)
+    WHERE d.endpoint = ? AND d.state = 0 AND d.held = 0 AND d.due <= ? AND (d.due, d.event) > (?, ?)
     ORDER BY d.due, d.event LIMIT ?"""
 
 NEXT_DUE = """
     SELECT due FROM deliveries
-    WHERE endpoint = ? AND state = 0 AND due > ? ORDER BY due LIMIT 1"""
+    WHERE endpoint = ? AND state = 0 AND held = 0 AND due > ? ORDER BY due LIMIT 1"""
+
+EVER_MS = 1 << 62
 
 
 def look(
@@ -111,18 +115,23 @@ def look(
     return rows, later[0] if later else None
 
 
+def following(db: sqlite3.Connection, number: int, after: tuple[int, int], limit: int) -> list[Any]:
+    """Return rows that come after a place, due or not."""
+    return db.execute(CLAIM, (number, EVER_MS, *after, limit)).fetchall()
+
+
 def delivery(row: Any, number: int, endpoint: str) -> Delivery:
     """Make a delivery of a row of `look`."""
-    _, seq, format_, attempts, steps, id_, type_, timestamp, data, accepted_at, key, parent, state, digest = (
-        row
-    )
+    due, seq, format_, attempts, steps, ordering_key, since, *of_event = row
+    id_, type_, timestamp, data, accepted_at, key, parent, state, digest = of_event
     event = Event(
         id=id_, type=type_, timestamp=timestamp, data=data,
         accepted_at_ms=accepted_at, key=key, traceparent=parent, tracestate=state,
     )  # fmt: skip
     return Delivery(
         handle=(seq, number), event=event, endpoint=endpoint, format=format_,
-        attempts=attempts, steps=steps, digest=digest,
+        attempts=attempts, steps=steps, due_ms=due, digest=digest,
+        ordered=ordering_key is not None, replayed=since is not None,
     )  # fmt: skip
 
 
@@ -144,8 +153,37 @@ def keep_endpoint(db: sqlite3.Connection, id_: str, settings: bytes | None, paus
 
 
 def kept_endpoints(db: sqlite3.Connection) -> list[KeptEndpoint]:
-    rows = db.execute("SELECT id, settings, paused FROM endpoints ORDER BY number")
-    return [KeptEndpoint(id=id_, settings=settings, paused=bool(paused)) for id_, settings, paused in rows]
+    rows = db.execute("SELECT id, settings, paused, health FROM endpoints ORDER BY number")
+    return [
+        KeptEndpoint(id=id_, settings=settings, paused=bool(paused), health=read_health(health))
+        for id_, settings, paused, health in rows
+    ]
+
+
+def update_healths(db: sqlite3.Connection, healths: Mapping[int, Health]) -> None:
+    """Note how endpoints stand, by number."""
+    db.executemany(
+        "UPDATE endpoints SET health = ? WHERE number = ?",
+        [(orjson.dumps(health).decode(), number) for number, health in healths.items()],
+    )
+
+
+def read_health(text: str | None) -> Health:
+    """Read what `update_healths` wrote; an endpoint that nothing is known of is up."""
+    if text is None:
+        return Health()
+    values = orjson.loads(text)
+    return Health(**values | {"standing": Standing(values["standing"])})
+
+
+def last_seen(db: sqlite3.Connection) -> int | None:
+    """Return the latest time that anything was accepted or attempted."""
+    row = db.execute(
+        "SELECT max(at) FROM (SELECT max(last_success_at) AS at FROM endpoints"
+        " UNION ALL SELECT max(last_failure_at) FROM endpoints UNION ALL SELECT accepted_at FROM events"
+        " WHERE seq = (SELECT max(seq) FROM events))"
+    ).fetchone()
+    return row[0] if row else None
 
 
 def update_endpoints(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
@@ -161,7 +199,7 @@ def update_endpoints(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
 def pasts(db: sqlite3.Connection) -> dict[str, Past]:
     """Tell of every endpoint since when something waits and how its last attempts went."""
     rows = db.execute(
-        "SELECT id, last_success_at, last_failure_at, last_error,"
+        "SELECT id, last_success_at, last_failure_at, last_error, health,"
         " (SELECT accepted_at FROM events WHERE seq ="
         " (SELECT min(event) FROM deliveries WHERE endpoint = number AND state = 0)) FROM endpoints"
     )
@@ -171,16 +209,21 @@ def pasts(db: sqlite3.Connection) -> dict[str, Past]:
             last_success_at_ms=success,
             last_failure_at_ms=failure,
             last_error=error,
+            health=read_health(health),
         )
-        for id_, success, failure, error, oldest in rows
+        for id_, success, failure, error, health, oldest in rows
     }
 
 
 def cancel(db: sqlite3.Connection, number: int, limit: int) -> int:
-    """Cancel up to `limit` of what is pending for an endpoint; return how many."""
+    """Cancel up to `limit` of what is pending for an endpoint, and forget how it stood; return how many.
+
+    The newest first, so that what is left after a break still has the oldest of each key, which is not held.
+    """
+    db.execute("UPDATE endpoints SET health = NULL WHERE number = ? AND health IS NOT NULL", (number,))
     return db.execute(
-        "UPDATE deliveries SET state = 3, due = NULL WHERE endpoint = ? AND event IN"
-        " (SELECT event FROM deliveries WHERE endpoint = ? AND state = 0 ORDER BY event LIMIT ?)",
+        "UPDATE deliveries SET state = 3, due = NULL, held = 0 WHERE endpoint = ? AND event IN"
+        " (SELECT event FROM deliveries WHERE endpoint = ? AND state = 0 ORDER BY event DESC LIMIT ?)",
         (number, number, limit),
     ).rowcount
 

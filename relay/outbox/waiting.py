@@ -21,12 +21,22 @@ class Waiting:
     def __init__(self, number: int) -> None:
         self.number = number
         self.due_ms: int | None = 0  # of the next on disk; in the past: look
+        self.closed = 0  # while above nothing is handed out: what is pending is being rearranged
+        self.probed = START  # the place of the latest probe
+        self.aged = 0  # how far the walk over what waits too long has come
         self._place = START  # how far the lane has come on disk
         self._fresh: dict[tuple[int, int], Delivery] = {}
 
     @property
-    def any_fresh(self) -> bool:
-        return bool(self._fresh)
+    def next_due_ms(self) -> int | None:
+        """When the next can be claimed; in the past: now."""
+        if self.closed:
+            return None  # whoever rearranges wakes the lane
+        return 0 if self._fresh else self.due_ms
+
+    def is_due(self, now_ms: int) -> bool:
+        """Tell whether something on disk can be claimed."""
+        return not self.closed and self.due_ms is not None and self.due_ms <= now_ms
 
     def offer(self, delivery: Delivery, due_ms: int) -> None:
         """Remember what was just accepted, or that it is to be found on disk."""
@@ -56,5 +66,7 @@ class Waiting:
 
     def take_fresh(self, limit: int) -> list[Delivery]:
         """Hand out up to `limit` of what was just accepted, in that order."""
+        if self.closed:
+            return []
         handles = list(self._fresh)[:limit] if len(self._fresh) > limit else list(self._fresh)
         return [self._fresh.pop(handle) for handle in handles]

@@ -1,0 +1,87 @@
+"""What waits too long, and what waits for a time that is not to be trusted; runs on the connection's thread.
+
+A delivery's age counts from acceptance, from its latest replay, or from when its endpoint was last let go,
+whichever is latest. Both walk step by step, so that accepts wait for milliseconds only.
+"""
+
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from relay.outbox import Expired, order
+
+STEP = 500  # deliveries looked at in one transaction
+TOLERATED_MS = 60_000  # a clock that is this much behind what it said before was set
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one step ended, when the next may have waited too long, and where to go on."""
+
+    expired: list[Expired]
+    ended: list[order.Handle]  # the same, by the store's own names
+    oldest_ms: int | None  # the earliest time that an age counts from, of those left
+    after: int | None  # None: all were looked at
+
+
+WAITING = (
+    "SELECT d.event, d.since, d.key, d.attempts, e.accepted_at, e.id, e.type"
+    " FROM deliveries d CROSS JOIN events e ON e.seq = d.event"
+    " WHERE d.endpoint = ? AND d.state = 0 AND d.event > ? ORDER BY d.event LIMIT ?"
+)
+END = (
+    "UPDATE deliveries SET state = 2, due = NULL, held = 0, expired = ?"
+    " WHERE event = ? AND endpoint = ? AND state = 0"
+)
+
+
+def expire(
+    db: sqlite3.Connection,
+    number: int,
+    after: int,
+    *,
+    before_ms: int,
+    age_from_ms: int,
+    now_ms: int,
+    in_flight: Callable[[tuple[int, int]], bool],
+) -> Step:
+    """End pending deliveries past event `after` whose age counts from a time or earlier, the oldest first."""
+    expired: list[Expired] = []
+    ended: list[order.Handle] = []
+    oldest_ms: int | None = None
+    rows = db.execute(WAITING, (number, after, STEP)).fetchall()
+    for event, since, key, attempts, accepted_at, id_, type_ in rows:
+        starts = [each for each in (accepted_at, since) if each is not None and each <= now_ms]
+        start_ms = max(age_from_ms, *starts) if starts else age_from_ms
+        if start_ms > before_ms or in_flight((event, number)):
+            oldest_ms = start_ms if oldest_ms is None else min(oldest_ms, start_ms)
+            if since is None and accepted_at <= now_ms and start_ms > before_ms:
+                return Step(expired=expired, ended=ended, oldest_ms=oldest_ms, after=None)
+            continue
+        db.execute(END, (now_ms, event, number))
+        if key is not None:
+            order.pass_on(db, (event, number), key)
+        ended.append((event, number))
+        expired.append(Expired(event_id=id_, type=type_, attempts=attempts))
+    reached = rows[-1][0] if len(rows) == STEP else None
+    return Step(expired=expired, ended=ended, oldest_ms=oldest_ms, after=reached)
+
+
+TOO_LATE = (
+    "UPDATE deliveries SET due = ? WHERE endpoint = ? AND state = 0 AND event IN"
+    " (SELECT event FROM deliveries"
+    " WHERE endpoint = ? AND state = 0 AND held = 0 AND due > ? AND since IS NULL LIMIT ?)"
+)
+# Those of a replay are spaced out on purpose: they keep their distances and begin now.
+REPLAYED = (
+    "UPDATE deliveries SET due = due - (since - ?), since = ? WHERE endpoint = ? AND state = 0 AND event IN"
+    " (SELECT event FROM deliveries WHERE endpoint = ? AND state = 0 AND held = 0 AND due > ? AND since > ?"
+    " LIMIT ?)"
+)
+
+
+def advance(db: sqlite3.Connection, number: int, now_ms: int, latest_ms: int) -> bool:
+    """Bring forward what is due later than can be by rights; True if more may be left."""
+    late = db.execute(TOO_LATE, (latest_ms, number, number, latest_ms, STEP)).rowcount
+    behind = (now_ms, now_ms, number, number, now_ms, now_ms + TOLERATED_MS, STEP)
+    return max(late, db.execute(REPLAYED, behind).rowcount) == STEP
