@@ -21,5 +21,13 @@ async def forget(outbox: Outbox, clock: Clock, retention_seconds: float) -> None
             more = await outbox.forget(before_ms, STEP_EVENTS)
         except FullError:
             more = False  # even forgetting needs a little room; what is delivered meanwhile may make it
-        if not more:
+        if not more and not await give_back(outbox):
             await clock.wait(never, clock.now_ms() + PAUSE_MS)
+
+
+async def give_back(outbox: Outbox) -> bool:
+    """Give freed space back to the disk, a little; True if there is more to give."""
+    try:
+        return await outbox.shrink()
+    except FullError:
+        return False

@@ -28,7 +28,7 @@ from relay.delivery import Lanes
 from relay.endpoints import Endpoints
 from relay.ingest import Ingest
 from relay.lane import Lane, Surroundings
-from relay.outbox import DamagedError, HeldError, NewerSchemaError, Outbox, OutboxError, open_outbox
+from relay.outbox import Bounds, DamagedError, HeldError, NewerSchemaError, Outbox, OutboxError, open_outbox
 from relay.retention import forget
 from relay.sender import Sender, open_sender
 from relay.subscription import Subscriptions
@@ -68,7 +68,11 @@ async def serve(config: Config, path: Path) -> None:
     clock = SystemClock()
     stop = Stop()
     async with (
-        open_outbox(config.outbox.path, synchronous=config.outbox.durability) as outbox,
+        open_outbox(
+            config.outbox.path,
+            synchronous=config.outbox.durability,
+            bounds=Bounds(max_bytes=config.outbox.max_size, max_pending=config.outbox.max_pending),
+        ) as outbox,
         open_sender(policy=config.egress.policy, version=__version__) as sender,
     ):
         state, lanes = await join(config, outbox, sender, clock)

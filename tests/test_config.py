@@ -1121,6 +1121,7 @@ def test_the_example_shows_the_defaults(load_text):
         "secrets",
         "format",
         "rate",
+        "max_pending",
     )
     lines = EXAMPLE.read_text().splitlines()
     commented = [line for line in lines if not re.match(rf"# ({'|'.join(keep)}|listen|rate) = ", line)]

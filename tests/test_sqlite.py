@@ -256,8 +256,8 @@ async def test_a_reserve_of_the_disk_is_kept_for_outcomes(path, monkeypatch):
         await outbox.register(["main"])
         await outbox.accept([submission("a")])
         (claimed,) = await outbox.claim("main", 1, NOW)
-        monkeypatch.setattr("relay.outbox.holding.RESERVED_BYTES", 1 << 60)
-        monkeypatch.setattr("relay.outbox.holding.RESERVED_SHARE", 1)
+        monkeypatch.setattr("relay.outbox.room.RESERVED_BYTES", 1 << 60)
+        monkeypatch.setattr("relay.outbox.room.RESERVED_SHARE", 1)
 
         with pytest.raises(FullError, match="there is no room"):
             await outbox.accept([submission("b")])

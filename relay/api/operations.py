@@ -1,11 +1,20 @@
-"""What machines ask: `/livez` (the process answers), `/readyz` (it can keep events), `/openapi.json`."""
+"""What machines ask: whether the process answers and can keep events, how the API looks, and for a backup."""
 
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from importlib import resources
+from pathlib import Path
 
 from aiohttp import web
 
+from relay.api.answers import unavailable
 from relay.api.problems import Problem
 from relay.api.state import State
+from relay.outbox import StoppingError
+
+BACKUP_CHUNK = 256 << 10
 
 
 class Operations:
@@ -13,10 +22,15 @@ class Operations:
 
     def __init__(self, state: State) -> None:
         self._state = state
+        self._one_backup = asyncio.Lock()
         self._description = resources.files("relay.api").joinpath("openapi.json").read_bytes()
 
     def routes(self) -> list[web.RouteDef]:
-        return [*self.health(), web.get("/openapi.json", self.describe)]
+        return [
+            *self.health(),
+            web.get("/openapi.json", self.describe),
+            web.get("/v1/backup", self.backup, allow_head=False),
+        ]
 
     def health(self) -> list[web.RouteDef]:
         """Return what a second address serves, too."""
@@ -35,3 +49,30 @@ class Operations:
     async def describe(self, _request: web.Request) -> web.Response:
         """Answer with the OpenAPI document, which is written by hand beside this file."""
         return web.Response(body=self._description, content_type="application/json")
+
+    async def backup(self, request: web.Request) -> web.StreamResponse:
+        """Answer with a consistent copy of the outbox, secrets of the API's endpoints included."""
+        async with self._one_backup, self._copy() as copied:
+            response = web.StreamResponse(
+                headers={
+                    "Content-Type": "application/vnd.sqlite3",
+                    "Content-Disposition": 'attachment; filename="relay-backup.db"',
+                    "Cache-Control": "no-store",
+                }
+            )
+            with await asyncio.to_thread(copied.open, "rb") as file:
+                response.content_length = os.fstat(file.fileno()).st_size
+                with suppress(ConnectionError):  # whoever asked has gone
+                    await response.prepare(request)
+                    while chunk := await asyncio.to_thread(file.read, BACKUP_CHUNK):
+                        await response.write(chunk)
+                    await response.write_eof()
+            return response
+
+    @asynccontextmanager
+    async def _copy(self) -> AsyncIterator[Path]:
+        try:
+            async with self._state.outbox.backup() as copied:
+                yield copied
+        except StoppingError as error:
+            raise unavailable(str(error)) from None

@@ -72,6 +72,7 @@ _NETWORKS = ListOf(Scalar(str, 'a range such as "10.1.0.0/16"', parse_network), 
 _PORTS = ListOf(_number(1, 65535), "a list of ports", at_least=1)
 _EVENT_SIZE = Scalar(str, 'a size with its unit, such as "256KiB"', size_between("1B", "16MiB"))
 _RATE = Scalar(str, 'a rate such as "50/s"', parse_rate)
+_OUTBOX_SIZE = Scalar(str, 'a size with its unit, such as "10GiB"', size_between("1MiB", "1000TiB"))
 _SOURCE = Scalar(str, "a URI reference", parse_source)
 _TOKENS = ListOf(Scalar(str, "text", parse_token), "a list of tokens")
 _SECRET = Scalar(str, "text", parse_secret)
@@ -105,6 +106,8 @@ class OutboxSettings:
     path: Annotated[Path, _PATH] = Path("relay.db")
     durability: Annotated[Literal["full", "normal"], _word("full", "normal")] = "full"
     retention_seconds: Annotated[float, _duration("1s", "3650d"), "retention"] = 7 * 86_400.0
+    max_size: Annotated[int, _OUTBOX_SIZE] = 10 << 30
+    max_pending: Annotated[int | None, _number(1, 1_000_000_000)] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

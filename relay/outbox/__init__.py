@@ -5,7 +5,7 @@ disk. A lane takes what is due by `claim`, or one after the other by `probe`, an
 with the attempt it made and the verdict that followed, or by `release`, unspent. `expire` ends what has
 waited too long, `revive` puts back what was over. Everything else is looking (`due`, `backlog`, `pasts`,
 `events`, `story`, `count`, `last_seen`) and keeping the house (`register`, `endpoints`, `keep_endpoint`,
-`keep_health`, `drop_endpoint`, `advance`, `forget`).
+`keep_health`, `drop_endpoint`, `advance`, `forget`, `shrink`, `backup`).
 
 What every store promises:
 
@@ -29,7 +29,7 @@ What every store promises:
 """
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -57,12 +57,24 @@ class FullError(OutboxError):
     """There is no room; nothing of this call was kept."""
 
 
+class StoppingError(OutboxError):
+    """What was asked takes longer than the relay has."""
+
+
 class ConflictError(Exception):
     """An idempotency key was used before for other content; `indexes` are the places in the batch."""
 
     def __init__(self, indexes: tuple[int, ...]) -> None:
         super().__init__(indexes)
         self.indexes = indexes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """How large an outbox may become; None: as large as its disk."""
+
+    max_bytes: int | None = None
+    max_pending: int | None = None  # deliveries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,11 +279,27 @@ class Outbox(Protocol):
         """Drop old events that owe nothing, looking at `limit` of them; True if more may be left."""
         ...
 
+    async def shrink(self) -> bool:
+        """Give a little of what is free inside back to the disk; True if more should be given."""
+        ...
+
+    def backup(self) -> AbstractAsyncContextManager[Path]:
+        """Make a consistent copy beside the outbox, while everything goes on; it is gone at the end.
+
+        It holds every event whose `accept` returned before. Raises FullError, StoppingError.
+        """
+        ...
+
 
 @asynccontextmanager
-async def open_outbox(path: Path, *, synchronous: str = "full") -> AsyncIterator[Outbox]:
+async def open_outbox(
+    path: Path,
+    *,
+    synchronous: str = "full",
+    bounds: Bounds = Bounds(),
+) -> AsyncIterator[Outbox]:
     """Open the outbox at `path`, made new if there is none. Raises OutboxError."""
-    from relay.outbox.sqlite import open_sqlite
+    from relay.outbox.opening import open_sqlite
 
-    async with open_sqlite(path, synchronous=synchronous) as outbox:
+    async with open_sqlite(path, synchronous=synchronous, bounds=bounds) as outbox:
         yield outbox

@@ -45,10 +45,13 @@ class Written:
     fresh: list[Delivery] = field(default_factory=list)  # of them those that may be claimed
     passed_on: list[tuple[str, int]] = field(default_factory=list)  # endpoint, when the next of a key is due
     changed: list[Any] = field(default_factory=list)
+    used_bytes: int | None = None
 
 
-def write(db: sqlite3.Connection, batch: Batch, numbers: dict[str, int], last_seq: int) -> Written:
-    """Write the batch in one transaction, synced to disk when this returns."""
+def write(
+    db: sqlite3.Connection, batch: Batch, numbers: dict[str, int], last_seq: int, *, measure: bool
+) -> Written:
+    """Write the batch in one transaction, synced to disk when this returns; `measure` what is used then."""
     db.execute("BEGIN IMMEDIATE")
     try:
         written = _accept(db, batch.accepts, numbers, last_seq)
@@ -60,6 +63,8 @@ def write(db: sqlite3.Connection, batch: Batch, numbers: dict[str, int], last_se
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+    if measure:
+        written.used_bytes = statements.used_bytes(db)
     return written
 
 

@@ -17,9 +17,11 @@ import aiosqlite
 
 from relay.model import Receipt, Submission
 from relay.outbox import ConflictError, FullError
+from relay.outbox.backup import copy
 from relay.outbox.commit import Batch, Record, Written, write
 from relay.outbox.failures import translated
-from relay.outbox.holding import refuse_moved, short_of_room
+from relay.outbox.holding import refuse_moved
+from relay.outbox.room import Room
 
 log = logging.getLogger("relay.outbox")
 
@@ -28,6 +30,7 @@ T = TypeVar("T")
 Promise = asyncio.Future[Any]
 
 FULL_RETRY_SECONDS = 1.0
+MEASURE_SECONDS = 0.2  # between two looks at how much is used; the reserve is worth many of them
 GATHERING_PASSES = 3  # of the event loop
 
 
@@ -49,17 +52,21 @@ class Committer:
     """
 
     def __init__(
-        self, db: aiosqlite.Connection, path: Path, settle: Callable[[Batch, Written], None]
+        self, db: aiosqlite.Connection, path: Path, room: Room, settle: Callable[[Batch, Written], None]
     ) -> None:
         self.numbers: dict[str, int] = {}
         self.last_seq = 0
         self.inode = 0
         self._db = db
         self._path = path
+        self._room = room
+        self._measured_at = -MEASURE_SECONDS
+        self._refusing = False
         self._settle = settle
         self._gathering = Gathering()
         self._work = asyncio.Event()
         self._closing = False
+        self._copies = 0  # under way
         self._trouble: str | None = None
 
     async def accept(self, submissions: Sequence[Submission]) -> list[Receipt]:
@@ -100,9 +107,20 @@ class Committer:
             raise translated(error, self._path) from error
         return done
 
+    async def copy(self, to: Path) -> None:
+        """Copy everything committed so far into a new file. Raises StoppingError."""
+        self._copies += 1
+        try:
+            await asyncio.to_thread(copy, self._db._conn, to, lambda: self._closing)  # noqa: SLF001 - see `run`
+        except sqlite3.Error as error:
+            raise translated(error, to) from error
+        finally:
+            self._copies -= 1
+            self._work.set()
+
     def trouble(self) -> str | None:
         """Say in a sentence why nothing can be kept at the moment, if that is so."""
-        return self._trouble or short_of_room(self._path)
+        return self._trouble or self._room.refusal()
 
     def close(self) -> None:
         self._closing = True
@@ -110,7 +128,7 @@ class Committer:
 
     async def commit_batches(self) -> None:
         """Write batch after batch until `close`; what is left then is written first."""
-        while not self._closing or self._gathering.batch != Batch():
+        while not self._closing or self._copies or self._gathering.batch != Batch():
             await self._work.wait()
             self._work.clear()
             # Whoever is ready at this moment joins; costs nothing when idle, and half the commits when busy.
@@ -119,7 +137,9 @@ class Committer:
             gathered, self._gathering = self._gathering, Gathering()
             self._refuse_without_room(gathered)
             try:
-                written = await self.run(write, gathered.batch, self.numbers, self.last_seq)
+                written = await self.run(
+                    write, gathered.batch, self.numbers, self.last_seq, measure=self._is_time_to_measure()
+                )
             except FullError as error:
                 await self._keep_what_must_be_kept(gathered, error)
             except BaseException as error:
@@ -145,13 +165,46 @@ class Committer:
         Raises DamagedError when the file is not there any more: what is written now would be found by nobody.
         """
         refuse_moved(self._path, self.inode)
-        if gathered.accepts and (trouble := short_of_room(self._path)):
-            _break(gathered.accepts, FullError(trouble))
-            gathered.accepts, gathered.batch.accepts = [], []
+        if gathered.batch.accepts:
+            self._note(self._refuse_what_does_not_fit(gathered))
+
+    def _refuse_what_does_not_fit(self, gathered: Gathering) -> str | None:
+        """Keep of the accepts those that there is room for, the first first; return why others have to go."""
+        refusal = None
+        fitting, promises, deliveries = [], [], 0
+        for submissions, promise in zip(gathered.batch.accepts, gathered.accepts, strict=True):
+            more = sum(len(each.endpoints) for each in submissions)
+            refusal = refusal or self._room.refusal(deliveries + more)
+            if refusal is not None:
+                _break([promise], FullError(refusal))
+            else:
+                deliveries += more
+                fitting.append(submissions)
+                promises.append(promise)
+        gathered.batch.accepts, gathered.accepts = fitting, promises
+        return refusal
+
+    def _note(self, refusal: str | None) -> None:
+        """Say once that events are refused, and once that they are taken again."""
+        if self._refusing != (refusal is not None):
+            self._refusing = refusal is not None
+            if refusal is not None:
+                log.error("outbox_full", extra={"error": refusal})
+            else:
+                log.info("outbox_has_room")
+
+    def _is_time_to_measure(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        if now - self._measured_at < MEASURE_SECONDS and not self._room.is_near_its_bound():
+            return False
+        self._measured_at = now
+        return True
 
     def _tell(self, gathered: Gathering, written: Written) -> None:
         """Take over what is on disk now, then tell who waited for it."""
         self._trouble = None
+        if written.used_bytes is not None:
+            self._room.used_bytes = written.used_bytes
         self.last_seq = written.last_seq
         self._settle(gathered.batch, written)
         _keep(gathered.accepts, written.accepted)

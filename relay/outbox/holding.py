@@ -1,21 +1,17 @@
-"""What a relay has of its disk: being the only one on an outbox, and the room that is left for it."""
+"""Being the only relay on an outbox, and knowing whether the one before stopped in order."""
 
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from relay.outbox import DamagedError, HeldError
 
-# Kept free for the outcomes of what was accepted: the log ahead of the file (1,000 pages), and the file's
-# own growth when that is copied over. Of a small disk it is a share.
-RESERVED_BYTES = 16 << 20
-RESERVED_SHARE = 2
-
 
 @contextmanager
-def held(outbox: Path) -> Iterator[Path]:
+def held(outbox: Path) -> Iterator["Held"]:
     """Hold the outbox, made ours alone to read if it is new. Raises HeldError, DamagedError."""
     path = outbox.resolve()  # one outbox has one lock, by whatever name it is called
     lock = path.with_name(path.name + ".lock")
@@ -29,10 +25,13 @@ def held(outbox: Path) -> Iterator[Path]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
+            holder = next(iter(os.pread(descriptor, 64, 0).decode(errors="replace").split()), "unknown")
             raise HeldError(f"outbox {path} is held by another relay (process {holder})") from error
+        broke_off = b"open" in os.pread(descriptor, 64, 0)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        if broke_off:
+            _refuse_without_log(path, lock, descriptor)
         if path.exists() and path.stat().st_nlink > 1:
             raise DamagedError(
                 f"{path} has another name too (a hard link), by which another relay could hold it"
@@ -42,18 +41,39 @@ def held(outbox: Path) -> Iterator[Path]:
             # its -wal and -shm take over the mode. An existing file is never opened but by SQLite:
             # closing it would drop SQLite's locks in this process.
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        yield path
+        yield Held(path, descriptor)
     finally:
         os.close(descriptor)
 
 
-def short_of_room(path: Path) -> str | None:
-    """Say so when only the reserve is left on the disk: room to record outcomes, not to take events."""
-    disk = os.statvfs(path.parent)
-    reserve = min(RESERVED_BYTES, disk.f_blocks * disk.f_frsize // RESERVED_SHARE)
-    if disk.f_bavail * disk.f_frsize >= reserve:
-        return None
-    return f"there is no room for {path}: free some, what was accepted stays safe"
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An outbox that is ours."""
+
+    path: Path
+    _lock: int
+
+    def opened(self) -> None:
+        """Note that SQLite has the file open: until it is closed again, there is a log ahead of the file."""
+        os.pwrite(self._lock, f"{os.getpid()}\nopen\n".encode(), 0)
+
+    def closing(self) -> None:
+        """Note that SQLite is about to put everything into the file and remove the log ahead of it."""
+        os.ftruncate(self._lock, 0)
+
+
+def _refuse_without_log(path: Path, lock: Path, descriptor: int) -> None:
+    """Raise DamagedError when a relay that did not stop in order has left no log ahead of the file.
+
+    What it had accepted last is in there, and SQLite would go on without it and say nothing.
+    """
+    log_ahead = path.with_name(path.name + "-wal")
+    if path.exists() and not log_ahead.exists():
+        os.pwrite(descriptor, b"0\nopen\n", 0)
+        raise DamagedError(
+            f"{log_ahead} is missing, although the relay was not stopped in order: put it back, "
+            f"or remove {lock} to go on without the events in it"
+        )
 
 
 def refuse_moved(path: Path, inode: int) -> None:

@@ -5,8 +5,10 @@ been applied, `application_id` that the file is an outbox at all.
 """
 
 import sqlite3
+from contextlib import closing
+from pathlib import Path
 
-from relay.outbox import DamagedError, NewerSchemaError
+from relay.outbox import DamagedError, NewerSchemaError, statements
 
 APPLICATION_ID = 0x52454C59  # "RELY"
 
@@ -88,7 +90,18 @@ VERSION_2 = (
 VERSIONS = (VERSION_1, VERSION_2)
 
 
-def prepare(db: sqlite3.Connection, path: str, synchronous: str) -> None:
+def inspect(path: Path) -> None:
+    """Raise unless the file is an outbox that can be read, without changing a byte of it.
+
+    A connection that may write puts the log ahead into the file when it is closed, also into a damaged one.
+    """
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
+        if _version(db, str(path)) == len(VERSIONS):
+            statements.last_seq(db)
+            statements.counts(db)
+
+
+def prepare(db: sqlite3.Connection, path: str, synchronous: str, max_bytes: int | None) -> None:
     """Bring the file to the current schema, or raise and leave it as it was."""
     version = _version(db, path)
     # Only before the first table; the freed pages are handed back in small steps.
@@ -100,8 +113,14 @@ def prepare(db: sqlite3.Connection, path: str, synchronous: str) -> None:
     db.execute("PRAGMA trusted_schema = OFF")
     db.execute(f"PRAGMA journal_size_limit = {64 << 20}")
     db.execute(f"PRAGMA cache_size = {-8 << 10}")  # 8 MiB: the hot indexes of millions of rows
-    for number, statements in enumerate(VERSIONS[version:], start=version + 1):
-        _apply(db, number, statements)
+    for number, steps in enumerate(VERSIONS[version:], start=version + 1):
+        _apply(db, number, steps)
+    if version < len(VERSIONS):
+        # From here on the file itself says what it is, so a lost log ahead cannot pass for a new outbox.
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    if max_bytes is not None:
+        (page_size,) = db.execute("PRAGMA page_size").fetchone()
+        db.execute(f"PRAGMA max_page_count = {max_bytes // page_size}").fetchall()
 
 
 def _version(db: sqlite3.Connection, path: str) -> int:
@@ -123,11 +142,11 @@ def _version(db: sqlite3.Connection, path: str) -> int:
     return int(version)
 
 
-def _apply(db: sqlite3.Connection, number: int, statements: tuple[str, ...]) -> None:
+def _apply(db: sqlite3.Connection, number: int, steps: tuple[str, ...]) -> None:
     db.execute("BEGIN IMMEDIATE")
     try:
-        for statement in statements:
-            db.execute(statement)
+        for step in steps:
+            db.execute(step)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {number}")
         db.execute("COMMIT")

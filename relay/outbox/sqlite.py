@@ -7,7 +7,6 @@ Not here: how what waits is written (`committer.py`), what a transaction does (`
 (`statements.py`), the schema (`schema.py`).
 """
 
-import asyncio
 import logging
 import sqlite3
 from collections import Counter
@@ -21,6 +20,7 @@ import aiosqlite
 from relay.model import Attempt, Delivery, Health, Receipt, State, Submission, Verdict
 from relay.outbox import (
     Backlog,
+    Bounds,
     Ended,
     FullError,
     KeptEndpoint,
@@ -29,6 +29,7 @@ from relay.outbox import (
     Patience,
     Query,
     Story,
+    backup,
     listing,
     patience,
     revival,
@@ -37,22 +38,28 @@ from relay.outbox import (
 )
 from relay.outbox.commit import Batch, Record, Written
 from relay.outbox.committer import Committer
-from relay.outbox.failures import translated
-from relay.outbox.holding import held
+from relay.outbox.room import Room
 from relay.outbox.waiting import START, Waiting
 
 log = logging.getLogger("relay.outbox")
 
+SHRUNK_AT_ONCE = 128  # pages given back in one transaction
+KEPT_FREE = 4096  # pages that may stay free inside the file, to be used again,
+KEPT_FREE_SHARE = 0.25  # or this share of it
 CANCEL_STEP = 1000  # deliveries cancelled in one transaction, so that accepts wait for milliseconds only
 PROBED_AT_ONCE = 64  # looked at to find one that is not in flight
 
 
 class SqliteOutbox:
-    """The verbs of `Outbox`; made by `open_sqlite`."""
+    """The verbs of `Outbox`; made by `opening.py`."""
 
-    def __init__(self, db: aiosqlite.Connection, path: Path) -> None:
+    def __init__(self, db: aiosqlite.Connection, path: Path, bounds: Bounds) -> None:
         self._path = path
-        self._committer = Committer(db, path, self._settle)
+        self._bounds = bounds
+        self._pending: Counter[int] = Counter()  # by the endpoint's number
+        self._dead: Counter[int] = Counter()
+        self._room = Room(path, bounds, self._pending.total)
+        self._committer = Committer(db, path, self._room, self._settle)
         self._run = self._committer.run
         self._change = self._committer.change
         self.commit_batches = self._committer.commit_batches
@@ -60,8 +67,6 @@ class SqliteOutbox:
         self.trouble = self._committer.trouble
         self._waiting: dict[str, Waiting] = {}
         self._in_flight: set[tuple[int, int]] = set()
-        self._pending: Counter[int] = Counter()
-        self._dead: Counter[int] = Counter()
         self._forgotten = 0  # how far the walk over old events has come
 
     # The verbs
@@ -239,15 +244,33 @@ class SqliteOutbox:
         self._forgotten = reached or 0
         return reached is not None
 
+    async def shrink(self) -> bool:
+        return await self._change(
+            partial(statements.shrink, pages=SHRUNK_AT_ONCE, share=KEPT_FREE_SHARE, at_least=KEPT_FREE)
+        )
+
+    @asynccontextmanager
+    async def backup(self) -> AsyncIterator[Path]:
+        copied = backup.beside(self._path)
+        if refusal := self._room.refusal_of_copy():
+            raise FullError(refusal)
+        await self._committer.copy(copied)
+        try:
+            yield copied
+        finally:
+            backup.remove(copied)
+
     # How they are done
 
     async def start(self, synchronous: str) -> None:
         """Bring the file to the current schema and read what is kept in memory."""
-        await self._run(schema.prepare, str(self._path), synchronous)
+        await self._run(schema.prepare, str(self._path), synchronous, self._bounds.max_bytes)
         self._committer.inode = self._path.stat().st_ino
         self._committer.last_seq = await self._run(statements.last_seq)
         pending, dead = await self._run(statements.counts)
-        self._pending, self._dead = Counter(pending), Counter(dead)
+        self._pending.update(pending)
+        self._dead.update(dead)
+        self._room.used_bytes = await self._run(statements.used_bytes)
 
     def _settle(self, batch: Batch, written: Written) -> None:
         """Take over what is on disk now."""
@@ -349,24 +372,3 @@ class SqliteOutbox:
 def _spaced(first_ms: int, spacing_ms: float, before: int, index: int) -> int:
     """Return when the next of so many is due, one `spacing_ms` after the other."""
     return first_ms + round((before + index) * spacing_ms)
-
-
-@asynccontextmanager
-async def open_sqlite(path: Path, *, synchronous: str) -> AsyncIterator[SqliteOutbox]:
-    """Hold the file and open it; closed again, with all that waits written, on the way out."""
-    with held(path) as own:
-        try:
-            db = await aiosqlite.connect(own, isolation_level=None, cached_statements=256)
-        except sqlite3.Error as error:
-            raise translated(error, own) from error
-        try:
-            outbox = SqliteOutbox(db, own)
-            await outbox.start(synchronous)
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(outbox.commit_batches())
-                try:
-                    yield outbox
-                finally:
-                    outbox.close()
-        finally:
-            await db.close()

@@ -258,3 +258,25 @@ def last_seq(db: sqlite3.Connection) -> int:
     """Return the highest event number ever given, deleted events included."""
     row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'events'").fetchone()
     return row[0] if row else 0
+
+
+def used_bytes(db: sqlite3.Connection) -> int:
+    """Return the size of what is in use: the file with its log ahead, less what is free inside."""
+    pages, free = _pages(db)
+    (size,) = db.execute("PRAGMA page_size").fetchone()
+    return int((pages - free) * size)
+
+
+def shrink(db: sqlite3.Connection, pages: int, share: float, at_least: int) -> bool:
+    """Give up to `pages` free pages back; True while more than a share of the file, and so many, are free."""
+    total, free = _pages(db)
+    if free <= max(at_least, total * share):
+        return False
+    db.execute(f"PRAGMA incremental_vacuum({pages})").fetchall()
+    return True
+
+
+def _pages(db: sqlite3.Connection) -> tuple[int, int]:
+    (pages,) = db.execute("PRAGMA page_count").fetchone()
+    (free,) = db.execute("PRAGMA freelist_count").fetchone()
+    return pages, free

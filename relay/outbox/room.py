@@ -1,0 +1,60 @@
+"""How much room the outbox has: for events, and always some more for the outcomes of those it has taken.
+
+Three bounds, each soft: the disk, `max_size` and `max_pending`. Where one is reached new events are refused,
+while what was accepted still goes out, which is what makes room again. `max_size` is hard besides, at SQLite.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from relay.outbox import Bounds
+
+# Kept free for the outcomes of what was accepted: the log ahead of the file (1,000 pages), and the file's
+# own growth when that is copied over. Of a small disk or bound it is a share.
+RESERVED_BYTES = 16 << 20
+RESERVED_SHARE = 2
+NEAR_BYTES = 64 << 20  # more than could be written between two measurings
+
+
+class Room:
+    """What is left of the bounds; `pending` tells how many deliveries are."""
+
+    def __init__(self, path: Path, bounds: Bounds, pending: Callable[[], int]) -> None:
+        self.used_bytes = 0  # of the outbox, what may be used again left out; measured now and then
+        self._path = path
+        self._bounds = bounds
+        self._pending = pending
+
+    def refusal(self, more: int = 1) -> str | None:
+        """Say in a sentence why so many more deliveries cannot be taken on, if that is so."""
+        largest, most = self._bounds.max_bytes, self._bounds.max_pending
+        if largest is not None and self.used_bytes > largest - _reserve(largest):
+            return (
+                f"{self._path} is full: raise outbox.max_size, or shorten outbox.retention; "
+                "what was accepted goes out"
+            )
+        if most is not None and self._pending() + more > most:
+            return (
+                f"{most} deliveries are pending: raise outbox.max_pending, or see which endpoint takes none; "
+                "what was accepted goes out"
+            )
+        return self._refusal_of_disk()
+
+    def is_near_its_bound(self) -> bool:
+        """Tell whether it could be full before it is measured again."""
+        return self._bounds.max_bytes is not None and self.used_bytes > self._bounds.max_bytes - NEAR_BYTES
+
+    def refusal_of_copy(self) -> str | None:
+        """Say why the disk cannot hold the outbox a second time, if that is so."""
+        return self._refusal_of_disk(self.used_bytes)
+
+    def _refusal_of_disk(self, more_bytes: int = 0) -> str | None:
+        disk = os.statvfs(self._path.parent)
+        if disk.f_bavail * disk.f_frsize >= _reserve(disk.f_blocks * disk.f_frsize) + more_bytes:
+            return None
+        return f"there is no room for {self._path}: free some, what was accepted stays safe"
+
+
+def _reserve(whole: int) -> int:
+    return min(RESERVED_BYTES, whole // RESERVED_SHARE)
