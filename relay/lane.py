@@ -252,7 +252,9 @@ class Lane:
             answer=outcome.answer,
         )
         await self._settle(delivery, attempt, outcome, probe=probe)
-        del self._claimed[delivery.handle]
+        # What was recorded late, on a slow or full disk, may be due and claimed again by now.
+        if self._claimed.get(delivery.handle) is delivery:
+            del self._claimed[delivery.handle]
         self._wake.set()  # there may be a new due time to sleep for
 
     async def _outcome(self, delivery: Delivery, number: int, at_ms: int) -> Outcome:

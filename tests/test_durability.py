@@ -9,7 +9,9 @@ import pytest
 
 from tests.durability import runs, shim
 from tests.durability.found import FOUND, hunt
+from tests.durability.plan import Endpoint
 from tests.durability.planted import PLANTS
+from tests.durability.world import World
 from tests.durability.zygote import Zygote
 
 needs_compiler = pytest.mark.skipif(
@@ -91,3 +93,16 @@ async def test_an_error_at_any_storage_call_loses_nothing_and_ends_in_order(tmp_
 async def test_one_trouble_after_another_loses_nothing(tmp_path, zygote, capsys):
     result = await runs.nemesis(tmp_path, zygote, faults=10, seed=17)
     healthy(result, capsys, "troubles")
+
+
+@needs_compiler
+async def test_a_sync_slower_than_a_retry_ends_nothing(tmp_path, zygote):
+    """An outcome that is recorded late is due again at once, and claimed before its attempt is over."""
+    unwilling = Endpoint(id="unwilling", events=("*",), refuses=0.7, schedule_ms=(5,) * 60)
+    async with World(tmp_path / "w", zygote, seed=37, endpoints=[unwilling], shimmed=True) as world:
+        await world.start()
+        world.disk[shim.SLOW_SYNC_MS] = 30
+        await world.driver.post(40, at_once=40)
+        assert await world.drained(), world.log[-2000:]
+        report = await world.finish()
+    assert not report.broken, str(report)
