@@ -635,3 +635,13 @@ async def test_a_rare_event_is_found_page_by_page_without_a_long_look(outbox):
     page = await outbox.events(Query(limit=5, endpoint="other"))
     assert (page.stories, page.next_before is not None) == ((), True)
     assert await listed(outbox, endpoint="other") == ["rare"]
+
+
+async def test_what_is_accepted_while_ages_are_looked_at_is_young(outbox):
+    """A lane reads the clock, then waits for its turn to commit: what was accepted in between is no older."""
+    await outbox.accept([submission("a", at_ms=NOW + 5)])
+
+    patience = await outbox.expire("main", NOW - 1000, 0, NOW)
+
+    assert patience.expired == ()
+    assert names(await outbox.claim("main", 10, NOW + 5)) == ["a"]

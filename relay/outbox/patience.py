@@ -49,10 +49,14 @@ def expire(
     expired: list[Expired] = []
     ended: list[order.Handle] = []
     oldest_ms: int | None = None
+    # What was accepted while this waited for its commit is of after `now_ms`, and as young as can be.
+    latest_ms = now_ms + TOLERATED_MS
     rows = db.execute(WAITING, (number, after, STEP)).fetchall()
     for event, since, key, attempts, accepted_at, id_, type_ in rows:
-        starts = [each for each in (accepted_at, since) if each is not None and each <= now_ms]
-        start_ms = max(age_from_ms, *starts) if starts else age_from_ms
+        starts = [
+            min(each, now_ms) for each in (accepted_at, since) if each is not None and each <= latest_ms
+        ]
+        start_ms = max(age_from_ms, *starts) if starts else age_from_ms or now_ms
         if start_ms > before_ms or in_flight((event, number)):
             oldest_ms = start_ms if oldest_ms is None else min(oldest_ms, start_ms)
             if since is None and accepted_at <= now_ms and start_ms > before_ms:
