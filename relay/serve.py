@@ -28,7 +28,16 @@ from relay.delivery import Lanes
 from relay.endpoints import Endpoints
 from relay.ingest import Ingest
 from relay.lane import Lane, Surroundings
-from relay.outbox import Bounds, DamagedError, HeldError, NewerSchemaError, Outbox, OutboxError, open_outbox
+from relay.outbox import (
+    Bounds,
+    DamagedError,
+    FullError,
+    HeldError,
+    NewerSchemaError,
+    Outbox,
+    OutboxError,
+    open_outbox,
+)
 from relay.retention import forget
 from relay.sender import Sender, open_sender
 from relay.subscription import Subscriptions
@@ -40,6 +49,7 @@ EXIT_CODES: tuple[tuple[type[OutboxError], int], ...] = (
     (HeldError, 75),
     (NewerSchemaError, 78),
     (DamagedError, 74),
+    (FullError, 74),  # only at the start; once it serves the relay waits for room
 )
 KEEPALIVE_SECONDS = 75.0
 SOCKET_MODE = 0o660

@@ -377,3 +377,23 @@ async def test_a_verdict_does_not_undo_what_ended(path):
         await outbox.record(claimed, attempt(claimed, "timeout"), Verdict(state=State.DEAD, steps=0))
         story = await outbox.story("evt_a")
     assert story.deliveries[0].state is State.CANCELLED
+
+
+async def test_a_first_start_that_was_cut_off_is_started_again(path):
+    """What it left is a journal to be rolled back, which a look that may not write cannot do."""
+    script = """
+import os, sqlite3, sys
+
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("PRAGMA cache_size = 1")
+db.execute("BEGIN")
+db.execute("CREATE TABLE half (a)")
+for _ in range(100):
+    db.execute("INSERT INTO half VALUES (randomblob(4000))")
+os._exit(9)
+"""
+    subprocess.run([sys.executable, "-c", script, str(path)], check=False, timeout=30)
+    assert path.with_name("relay.db-journal").stat().st_size > 0
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        await outbox.accept([submission("a")])

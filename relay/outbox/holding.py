@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,9 @@ def held(outbox: Path) -> Iterator["Held"]:
             holder = next(iter(os.pread(descriptor, 64, 0).decode(errors="replace").split()), "unknown")
             raise HeldError(f"outbox {path} is held by another relay (process {holder})") from error
         broke_off = b"open" in os.pread(descriptor, 64, 0)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        with _telling(path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         if broke_off:
             _refuse_without_log(path, lock, descriptor)
         if path.exists() and path.stat().st_nlink > 1:
@@ -40,7 +41,8 @@ def held(outbox: Path) -> Iterator["Held"]:
             # Made here so that it is ours alone from its first byte; SQLite has not seen it yet, and
             # its -wal and -shm take over the mode. An existing file is never opened but by SQLite:
             # closing it would drop SQLite's locks in this process.
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            with _telling(path):
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         yield Held(path, descriptor)
     finally:
         os.close(descriptor)
@@ -55,11 +57,29 @@ class Held:
 
     def opened(self) -> None:
         """Note that SQLite has the file open: until it is closed again, there is a log ahead of the file."""
-        os.pwrite(self._lock, f"{os.getpid()}\nopen\n".encode(), 0)
+        with _telling(self.path):
+            os.pwrite(self._lock, f"{os.getpid()}\nopen\n".encode(), 0)
 
     def closing(self) -> None:
-        """Note that SQLite is about to put everything into the file and remove the log ahead of it."""
-        os.ftruncate(self._lock, 0)
+        """Note that SQLite is about to put everything into the file and remove the log ahead of it.
+
+        Raises nothing: SQLite must be closed. On a disk that fails more than once it will not remove the log.
+        """
+        for _ in range(2):
+            with suppress(OSError):
+                os.ftruncate(self._lock, 0)
+                break
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Say what an error of the disk means, as `failures` does for SQLite's. Raises DamagedError."""
+    try:
+        yield
+    except OSError as error:
+        raise DamagedError(
+            f"{path} cannot be made ready ({error.strerror}): check the disk, then start again"
+        ) from error
 
 
 def _refuse_without_log(path: Path, lock: Path, descriptor: int) -> None:

@@ -96,7 +96,13 @@ def inspect(path: Path) -> None:
     A connection that may write puts the log ahead into the file when it is closed, also into a damaged one.
     """
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
-        if _version(db, str(path)) == len(VERSIONS):
+        try:
+            version = _version(db, str(path))
+        except DamagedError as error:
+            if getattr(error.__cause__, "sqlite_errorname", "") == "SQLITE_READONLY_ROLLBACK":
+                return  # the very first start was cut off; nothing is in it, and who may write rolls it back
+            raise
+        if version == len(VERSIONS):
             statements.last_seq(db)
             statements.counts(db)
 
@@ -106,7 +112,11 @@ def prepare(db: sqlite3.Connection, path: str, synchronous: str, max_bytes: int 
     version = _version(db, path)
     # Only before the first table; the freed pages are handed back in small steps.
     db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    db.execute("PRAGMA journal_mode = WAL")
+    (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":  # SQLite says no more of a disk that fails here than this
+        raise DamagedError(
+            f"{path} cannot be written ahead (journal mode {mode}): check the disk, then start again"
+        )
     # NORMAL does not sync ordinary commits, so 202 would not mean kept.
     db.execute(f"PRAGMA synchronous = {synchronous}")
     db.execute("PRAGMA foreign_keys = ON")
