@@ -5,6 +5,7 @@ a `Submission` or all its mistakes at once; keeping it is the outbox's promise, 
 lanes are woken.
 """
 
+import asyncio
 import hashlib
 import os
 import re
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 from relay import canonical, formats
@@ -23,6 +25,9 @@ from relay.outbox import Outbox
 from relay.subscription import EVENT_TYPE, EVENT_TYPE_LENGTH, OWN_PREFIX, Subscriptions
 
 LONGEST_KEY = 255
+LONGEST_SLIP = 128  # what is longer is no slip of the pen, and would take long to compare
+MOST_ALIKE = 20  # mistakes of one kind that one event is told of
+TURN_SECONDS = 0.02  # for one submission at a time, when others wait
 VISIBLE = re.compile(r"[\x21-\x7e]{1,255}")
 QUOTED = re.compile(r'"((?:[\x20-\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"')  # RFC 8941 section 3.3.3
 RFC3339 = re.compile(
@@ -61,6 +66,20 @@ class Draft:
     trace: Trace | None = None
 
 
+class Turn:
+    """Lets others have the loop now and then during the work on a large batch."""
+
+    def __init__(self) -> None:
+        self._clock = asyncio.get_running_loop().time
+        self._until = self._clock() + TURN_SECONDS
+
+    async def over(self) -> None:
+        """Return at once, or after the others' turn when ours is over."""
+        if self._clock() >= self._until:
+            await asyncio.sleep(0)
+            self._until = self._clock() + TURN_SECONDS
+
+
 class Ingest:
     """Turns drafts into events that are kept."""
 
@@ -88,7 +107,9 @@ class Ingest:
         """Keep all drafts or none. Raises InvalidError, and what `Outbox.accept` raises."""
         submissions: list[Submission] = []
         problems: list[Problem] = []
+        turn = Turn()
         for draft in drafts:
+            await turn.over()
             try:
                 submissions.append(self._read(draft))
             except InvalidError as error:
@@ -118,7 +139,8 @@ class Ingest:
         value, pointer = draft.value, draft.pointer
         if not isinstance(value, dict):
             raise InvalidError([(pointer, "must be an object with the members event and data")])
-        problems = [(f"{pointer}/{escaped(name)}", _unknown(name)) for name in value if name not in MEMBERS]
+        strange = islice((name for name in value if name not in MEMBERS), MOST_ALIKE)
+        problems = [(f"{pointer}/{escaped(name)}", _unknown(name)) for name in strange]
         for name, check in CHECKS.items():
             if name in value and (wrong := check(value[name])):
                 problems.append((f"{pointer}/{name}", wrong))
@@ -142,10 +164,10 @@ class Ingest:
 
     def _strangers(self, to: Sequence[str], pointer: str) -> list[Problem]:
         known = self.subscriptions.endpoints
+        strange = islice(((index, id_) for index, id_ in enumerate(to) if id_ not in known), MOST_ALIKE)
         return [
             (f"{pointer}/to/{index}", f"there is no endpoint {id_!r}{_nearest(id_, known)}")
-            for index, id_ in enumerate(to)
-            if id_ not in known
+            for index, id_ in strange
         ]
 
     def _submission(self, draft: Draft, value: dict[str, object], data: bytes) -> Submission:
@@ -285,5 +307,5 @@ def _unknown(name: str) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), n=1)
+    near = get_close_matches(name, list(known), n=1) if len(name) <= LONGEST_SLIP else []
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from aiohttp import web
 
 from relay import __version__, logs
 from relay.api import make_app, make_ops_app
+from relay.api.connections import Connections
 from relay.api.guard import LOOPBACK_HOSTS
 from relay.api.state import State
 from relay.catalogue import Catalogue
@@ -51,9 +52,11 @@ EXIT_CODES: tuple[tuple[type[OutboxError], int], ...] = (
     (DamagedError, 74),
     (FullError, 74),  # only at the start; once it serves the relay waits for room
 )
-KEEPALIVE_SECONDS = 75.0
 SOCKET_MODE = 0o660
-OWN_DESCRIPTORS = 32  # outbox, log, listeners, look-ups
+OWN_DESCRIPTORS = 64  # outbox, log, listeners, look-ups, and the connections of `ops_listen`
+MOST_CONNECTIONS = 1000  # of whoever submits, at once
+MOST_OPS_CONNECTIONS = 16
+BACKLOG = 1024
 MOST_ATTEMPTS = 20_000  # more would not fit the ports of one address
 
 
@@ -65,6 +68,9 @@ def run(config: Config, path: Path) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code of contract section 9."""
     logs.configure(config.logging.level, config.logging.format)
     os.umask(0o077)  # whatever the relay writes is the relay's alone
+    resource.setrlimit(
+        resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1])
+    )  # it holds secrets
     code = 0
     try:
         with asyncio.Runner(loop_factory=loop_factory(config.server.loop)) as runner:
@@ -208,26 +214,29 @@ async def listening(server: Server, state: State) -> AsyncIterator[frozenset[tup
     hosts = LOOPBACK_HOSTS | {host.lower() for host in (*server.allowed_hosts, server.listen.host or "")}
     app = make_app(state, hosts=None if server.listen.path else hosts, tokens=server.tokens)
     async with AsyncExitStack() as runners:
-        taken = [await runners.enter_async_context(site(app, server.listen))]
+        most = min(MOST_CONNECTIONS, attempts_at_once())
+        taken = [await runners.enter_async_context(site(app, server.listen, most))]
         if server.ops_listen is not None:
-            taken.append(await runners.enter_async_context(site(make_ops_app(state), server.ops_listen)))
+            ops = site(make_ops_app(state), server.ops_listen, MOST_OPS_CONNECTIONS)
+            taken.append(await runners.enter_async_context(ops))
         log.info("listening", extra={"addresses": taken})
         yield frozenset(address for address in taken if isinstance(address, tuple))
 
 
 @asynccontextmanager
-async def site(app: web.Application, address: Address) -> AsyncIterator[tuple[str, int] | str]:
+async def site(app: web.Application, address: Address, most: int) -> AsyncIterator[tuple[str, int] | str]:
     """Serve one app at one address; yields the address as it really is (port 0 is any free one)."""
-    runner = web.AppRunner(
-        app, access_log=None, handle_signals=False, keepalive_timeout=KEEPALIVE_SECONDS, shutdown_timeout=1.0
-    )
+    runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
     # The socket outlives the server: asyncio's own loop fails on stopping to serve one that is closed.
     with bound(address) as listener:
         await runner.setup()
         try:
-            await web.SockSite(runner, listener, backlog=1024).start()
-            name = listener.getsockname()
-            yield name if isinstance(name, str) else (name[0], name[1])
+            take = Connections(runner, most=most)
+            with closing(
+                await asyncio.get_running_loop().create_server(take, sock=listener, backlog=BACKLOG)
+            ):
+                name = listener.getsockname()
+                yield name if isinstance(name, str) else (name[0], name[1])
         finally:
             await runner.cleanup()
 

@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 import aiohttp
 import orjson
 import pytest
-from aiohttp import web
 from multidict import CIMultiDict
 
 from relay.api import bodies, make_app
 from relay.api.guard import LOOPBACK_HOSTS
 from relay.api.state import State
 from relay.catalogue import Catalogue
+from relay.config import Address
 from relay.ingest import Ingest
 from relay.model import Secret
 from relay.outbox import Backlog
+from relay.serve import site
 from relay.subscription import Subscriptions
 from tests.clock import MovedClock
 from tests.lanes import endpoint
@@ -54,7 +55,7 @@ class Api:
         return [event["id"] for event in page["data"]]
 
 
-async def open_api(outbox, tokens=()) -> AsyncIterator[Api]:
+async def open_api(outbox, tokens=(), most=100) -> AsyncIterator[Api]:
     woken: list[str] = []
     endpoints = [
         endpoint("main", events=("post.*", "account.connected")),
@@ -73,14 +74,10 @@ async def open_api(outbox, tokens=()) -> AsyncIterator[Api]:
         wake=woken.extend,
         max_event_size=1000,
     )
-    runner = web.AppRunner(make_app(state, hosts=LOOPBACK_HOSTS, tokens=tokens), access_log=None)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    port = runner.addresses[0][1]
-    async with aiohttp.ClientSession() as client:
+    app = make_app(state, hosts=LOOPBACK_HOSTS, tokens=tokens)
+    address = Address(host="127.0.0.1", port=0)
+    async with site(app, address, most) as (_, port), aiohttp.ClientSession() as client:
         yield Api(url=f"http://127.0.0.1:{port}", state=state, client=client, woken=woken)
-    await runner.cleanup()
 
 
 @pytest.fixture
@@ -339,7 +336,7 @@ async def test_a_conflict_in_a_batch_names_its_place(api):
 
 async def test_a_batch_is_bounded_in_number_and_each_of_its_events_in_size(api):
     status, _, problem = await api.post("/v1/events/batch", {"events": [EVENT] * 1001})
-    assert (status, "at most 1000" in problem["detail"]) == (422, True)
+    assert (status, "1000 that are taken at once" in problem["detail"]) == (422, True)
     status, _, problem = await api.post("/v1/events/batch", {"events": [EVENT, EVENT | {"data": "x" * 999}]})
     assert (status, problem["errors"][0]["pointer"]) == (413, "#/events/1")
     deep = b'{"events": [{"event": "a", "data": ' + b"[" * 64 + b'"' + b"x" * 999 + b'"' + b"]" * 64 + b"}]}"

@@ -1,9 +1,11 @@
 """The API on localhost: HTTP in, HTTP out, no rules. One file per resource; here they become one app."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 from aiohttp import web
 
+from relay.api.bodies import wait_until_read
 from relay.api.events import LARGEST_BATCH, Events
 from relay.api.guard import guard
 from relay.api.operations import Operations
@@ -13,11 +15,15 @@ from relay.model import Secret
 
 
 def make_app(
-    state: State, *, hosts: Collection[str] | None, tokens: Sequence[Secret] = ()
+    state: State, *, hosts: AbstractSet[str] | None, tokens: Sequence[Secret] = ()
 ) -> web.Application:
     """Join guard and handlers; `hosts` None means a unix socket, which no browser can reach."""
     app = web.Application(middlewares=[guard(hosts=hosts, tokens=tokens)], client_max_size=LARGEST_BATCH)
-    app.add_routes(Events(state).routes() + Webhooks(state).routes() + Operations(state).routes())
+    routes = Events(state).routes() + Webhooks(state).routes() + Operations(state).routes()
+    options = {"expect_handler": wait_until_read}
+    app.add_routes(
+        [web.RouteDef(each.method, each.path, each.handler, each.kwargs | options) for each in routes]
+    )
     return app
 
 

@@ -8,6 +8,7 @@ from aiohttp import web
 from relay.api.problems import Problem
 
 RETRY_AFTER_SECONDS = 5
+MOST_MISTAKES = 1000  # as many as a batch may hold events
 
 Mistake = tuple[str, str]  # where, what is wrong
 
@@ -25,7 +26,9 @@ def page(items: Sequence[object], next_cursor: str | None) -> dict[str, object]:
 
 def invalid(mistakes: Sequence[Mistake]) -> Problem:
     detail = f"{len(mistakes)} mistakes" if len(mistakes) > 1 else f"{mistakes[0][0]} {mistakes[0][1]}"
-    return Problem(422, detail, errors=mistakes)
+    if len(mistakes) > MOST_MISTAKES:
+        detail += f", of which these are the first {MOST_MISTAKES}"
+    return Problem(422, detail, errors=mistakes[:MOST_MISTAKES])
 
 
 def unavailable(detail: str) -> Problem:

@@ -3,7 +3,7 @@
 import asyncio
 
 import aiohttp
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from relay import canonical
@@ -12,6 +12,7 @@ from relay.api.problems import Problem
 BODY_SECONDS = 30.0
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
+CONTINUE = "100-continue"
 
 
 async def read(request: web.Request, limit: int) -> bytes:
@@ -28,6 +29,7 @@ async def read(request: web.Request, limit: int) -> bytes:
     size = 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
+            await ask_for(request)
             async for chunk in content.iter_any():
                 size += len(chunk)
                 if size > limit:
@@ -41,6 +43,17 @@ async def read(request: web.Request, limit: int) -> bytes:
         # Nobody is left to read this; it only keeps a stranger's hang-up from looking like our fault.
         raise Problem(400, "the body broke off") from None
     return b"".join(chunks)
+
+
+async def wait_until_read(_request: web.Request) -> None:
+    """Take the place of aiohttp's answer to `Expect`, which asks for bodies that nobody may want."""
+
+
+async def ask_for(request: web.Request) -> None:
+    """Say that the body is wanted to who waits for that (RFC 9110 section 10.1.1)."""
+    if request.headers.get("Expect", "").lower() == CONTINUE and request.version >= HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer has not begun
 
 
 def too_large(limit: int) -> Problem:

@@ -1,7 +1,9 @@
 """`/v1/events`: submitting events, one or many, and looking at what became of them (contract 3 and 4)."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import orjson
 from aiohttp import web
@@ -12,7 +14,7 @@ from relay.api.answers import Mistake, answer, invalid, page, unavailable
 from relay.api.problems import Problem
 from relay.api.selection import read_query, unknown
 from relay.api.state import State
-from relay.ingest import Draft, InvalidError, Trace, idempotency_key, iso, trace
+from relay.ingest import Draft, InvalidError, Trace, Turn, idempotency_key, iso, trace
 from relay.model import Attempt, Receipt
 from relay.outbox import ConflictError, DeliveryStory, Ended, Story
 
@@ -81,9 +83,9 @@ class Events:
         body = await bodies.read(request, LARGEST_BATCH)
         values, prefix = BATCHES[media_type](body)
         if len(values) > MOST_IN_BATCH:
-            raise invalid([("#", f"holds {len(values)} events, at most {MOST_IN_BATCH} are taken at once")])
+            raise invalid([("#", f"holds more events than the {MOST_IN_BATCH} that are taken at once")])
         if len(body) > self._state.max_event_size:
-            self._refuse_large(values, prefix)
+            await self._refuse_large(values, prefix)
         parent = _trace(request.headers)
         if media_type == cloudevents.BATCHED:
             receipts = await self._keep(_cloudevents(values, parent), STRUCTURED)
@@ -148,10 +150,14 @@ class Events:
             detail = f"this {words.identity} was used before for other content"
             raise invalid([(drafts[index].pointer, detail) for index in error.indexes]) from None
 
-    def _refuse_large(self, values: list[canonical.JSON], prefix: str) -> None:
+    async def _refuse_large(self, values: list[canonical.JSON], prefix: str) -> None:
         limit = self._state.max_event_size
-        sizes = [_size(value) for value in values]
-        large = [(f"{prefix}{index}", f"is {size} bytes") for index, size in enumerate(sizes) if size > limit]
+        large: list[Mistake] = []
+        turn = Turn()
+        for index, value in enumerate(values):
+            await turn.over()
+            if (size := _size(value)) > limit:
+                large.append((f"{prefix}{index}", f"is {size} bytes"))
         if large:
             raise Problem(413, f"one event may have {limit} bytes", errors=large)
 
@@ -235,11 +241,11 @@ def _lines(body: bytes) -> tuple[list[canonical.JSON], str]:
     """Parse NDJSON: one value a line, empty lines passed over; places count the values."""
     values: list[canonical.JSON] = []
     mistakes: list[Mistake] = []
-    for number, line in enumerate(body.split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    number, counted = 1, 0
+    for found in islice(LINE.finditer(body), MOST_IN_BATCH + 1):  # one more is too many already
+        number, counted = number + body.count(b"\n", counted, found.start()), found.start()
         try:
-            values.append(canonical.parse(line))
+            values.append(canonical.parse(found[0]))
         except canonical.NotJSON as error:
             mistakes.append((f"#/{len(values) + len(mistakes)}", f"line {number}: {error}"))
     if mistakes:
@@ -247,6 +253,7 @@ def _lines(body: bytes) -> tuple[list[canonical.JSON], str]:
     return values, "#/"
 
 
+LINE = re.compile(rb"[^\s][^\n]*")
 BATCHES = {bodies.JSON: _members, bodies.NDJSON: _lines, cloudevents.BATCHED: _elements}
 
 

@@ -7,11 +7,14 @@ answer to an error is `application/problem+json`.
 
 import hmac
 import logging
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
+from relay.api import bodies
 from relay.api.answers import unavailable
 from relay.api.problems import Problem, of_framework
 from relay.model import Secret
@@ -19,10 +22,12 @@ from relay.outbox import FullError
 
 log = logging.getLogger("relay.api")
 
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^\[\]:@\s]+)(?::[0-9]*)?")
+CLOSE = {"Connection": "close"}
 
 
-def guard(*, hosts: Collection[str] | None, tokens: Sequence[Secret]) -> Middleware:
+def guard(*, hosts: AbstractSet[str] | None, tokens: Sequence[Secret]) -> Middleware:
     """Return the middleware; `hosts` None means that the listener is a unix socket, which has none."""
     keys = [token.reveal().encode() for token in tokens]
 
@@ -30,7 +35,7 @@ def guard(*, hosts: Collection[str] | None, tokens: Sequence[Secret]) -> Middlew
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             refuse_unfit(request, hosts)
-            if keys and request.path.startswith("/v1"):
+            if keys and belongs_to_service(request):
                 refuse_unknown(request, keys)
             return await handler(request)
         except Problem as problem:
@@ -46,11 +51,11 @@ def guard(*, hosts: Collection[str] | None, tokens: Sequence[Secret]) -> Middlew
     return check
 
 
-def refuse_unfit(request: web.Request, hosts: Collection[str] | None) -> None:
+def refuse_unfit(request: web.Request, hosts: AbstractSet[str] | None) -> None:
     """Raise for what a browser was tricked into, and for a body that would have to be unpacked."""
     headers = request.headers
     host = headers.get("Host", "").lower()
-    if hosts is not None and host_name(host) not in hosts:
+    if hosts is not None and not {host_name(host), host_name(authority(request, host))} <= hosts:
         raise Problem(421, "the Host header names another host; add it to server.allowed_hosts if it is ours")
     origin = headers.get("Origin")
     if origin is not None and origin.lower() != f"http://{host}":
@@ -59,6 +64,26 @@ def refuse_unfit(request: web.Request, hosts: Collection[str] | None) -> None:
         raise Problem(403, "pages of other sites may not talk to the relay")
     if "Content-Encoding" in headers:
         raise Problem(415, "send the body as it is, without Content-Encoding")
+    if headers.get("Transfer-Encoding", "chunked").strip().lower() != "chunked":
+        raise Problem(501, "the only Transfer-Encoding taken here is chunked")
+    if "Transfer-Encoding" in headers and request.version < HttpVersion11:
+        raise Problem(400, "HTTP/1.0 has no Transfer-Encoding", kind="not-http", headers=CLOSE)
+    if headers.get("Expect", bodies.CONTINUE).lower() != bodies.CONTINUE:
+        raise Problem(417, f"the only expectation known here is {bodies.CONTINUE}")
+
+
+def authority(request: web.Request, host: str) -> str:
+    """Return whom the target of a request names; only a whole URL names any but the Host (RFC 9112 3.2)."""
+    target = request.raw_path
+    if target.startswith("/") or target == "*":
+        return host
+    return (request.url.authority if "://" in target else target).lower()
+
+
+def belongs_to_service(request: web.Request) -> bool:
+    """Tell whether tokens guard this: by the route that was found, however its path was spelled."""
+    resource = request.match_info.route.resource
+    return request.path.startswith("/v1") or (resource is not None and resource.canonical.startswith("/v1"))
 
 
 def refuse_unknown(request: web.Request, keys: Sequence[bytes]) -> None:
@@ -74,7 +99,6 @@ def refuse_unknown(request: web.Request, keys: Sequence[bytes]) -> None:
 
 
 def host_name(host: str) -> str:
-    """Drop the port of a Host header (RFC 9110 section 7.2)."""
-    if host.startswith("["):
-        return host[: host.find("]") + 1]
-    return host.partition(":")[0]
+    """Drop port and brackets of a Host header (RFC 9110 section 7.2); what has another form names nobody."""
+    match = HOST.fullmatch(host)
+    return match["name"].strip("[]") if match else ""

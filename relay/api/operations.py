@@ -10,6 +10,7 @@ from pathlib import Path
 from aiohttp import web
 
 from relay.api.answers import unavailable
+from relay.api.connections import ALWAYS
 from relay.api.problems import Problem
 from relay.api.state import State
 from relay.outbox import StoppingError
@@ -55,6 +56,7 @@ class Operations:
         async with self._one_backup, self._copy() as copied:
             response = web.StreamResponse(
                 headers={
+                    **ALWAYS,
                     "Content-Type": "application/vnd.sqlite3",
                     "Content-Disposition": 'attachment; filename="relay-backup.db"',
                     "Cache-Control": "no-store",
