@@ -4,7 +4,9 @@ The message of a record is one of a closed list of event names; everything else 
 secrets and signatures are never logged.
 """
 
+import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 
@@ -12,6 +14,10 @@ import orjson
 
 # What a record carries besides what we put into `extra`.
 STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+# What steers a terminal or ends a line for some readers, and what JSON leaves as it is.
+STEERING = re.compile(r"[\x7f-\x9f\u2028\u2029]")
 
 
 class JsonLines(logging.Formatter):
@@ -26,7 +32,7 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        return _escaped(line)
 
 
 class Text(logging.Formatter):
@@ -35,7 +41,11 @@ class Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = " ".join(f"{name}={_shown(value)}" for name, value in _fields(record).items())
         line = f"{_time(record)} {record.levelname.lower():7} {record.getMessage()} {fields}".rstrip()
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        if not record.exc_info:
+            return line
+        # The message of an exception may be foreign text: each of its lines stays behind the margin.
+        trace = self.formatException(record.exc_info).splitlines()
+        return "\n".join([line, *(f"  | {_printable(each)}" for each in trace)])
 
 
 def configure(level: str, form: str | None) -> None:
@@ -63,4 +73,17 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
 
 def _shown(value: object) -> str:
     text = str(value)
-    return text if text.isprintable() and " " not in text else orjson.dumps(text).decode()
+    return text if text.isprintable() and " " not in text else _escaped(text)
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else _escaped(text)
+
+
+def _escaped(value: object) -> str:
+    """Write JSON without any character that could end the line or steer a terminal; never fails."""
+    try:
+        text = orjson.dumps(value, default=str).decode()
+    except orjson.JSONEncodeError:  # bytes that are no UTF-8 and integers beyond 64 bits are told too
+        text = json.dumps(value, default=str)
+    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -11,11 +11,14 @@ milliseconds since 1970 (UTC) in names ending `_ms`; lengths of time are in name
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 
 class Secret:
-    """Text that must not be shown: every printed form of it is masked."""
+    """Text that must not be shown: every printed form of it is masked, and it is neither copied nor pickled.
+
+    It is no string, and JSON refuses it: whoever wants to show one finds out at the first attempt.
+    """
 
     __slots__ = ("_text",)
 
@@ -28,11 +31,23 @@ class Secret:
     def __str__(self) -> str:
         return "***"
 
+    def __format__(self, _how: str) -> str:
+        return "***"
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Secret) and other._text == self._text
 
     def __hash__(self) -> int:
         return hash(self._text)
+
+    def __copy__(self) -> "Secret":
+        return self
+
+    def __deepcopy__(self, _memo: object) -> "Secret":
+        return self
+
+    def __reduce_ex__(self, _protocol: object) -> NoReturn:
+        raise TypeError("a secret is not pickled")
 
     def reveal(self) -> str:
         """The text itself, for the few places that compute with it."""

@@ -90,8 +90,7 @@ def _record(db: sqlite3.Connection, records: Sequence[Record]) -> list[tuple[str
     statements.update_deliveries(db, deliveries)
     statements.insert_attempts(db, failures)
     statements.update_endpoints(db, [(*last_of, number) for number, last_of in endpoints.items()])
-    if healths:
-        statements.update_healths(db, healths)
+    statements.update_healths(db, healths)
     return _passed_on(db, records)
 
 

@@ -20,7 +20,7 @@ async def open_sqlite(path: Path, *, synchronous: str, bounds: Bounds) -> AsyncI
     with held(path) as own:
         backup.remove_stale(own.path)
         try:
-            schema.inspect(own.path)
+            await asyncio.to_thread(schema.inspect, own.path)
             # From another thread than its own only a backup uses it, step by step, which SQLite allows.
             db = await aiosqlite.connect(
                 own.path, isolation_level=None, cached_statements=256, check_same_thread=False

@@ -26,29 +26,20 @@ class Room:
         self._bounds = bounds
         self._pending = pending
 
-    def refusal(self) -> str | None:
-        """Say in a sentence why nothing more can be taken, if that is so."""
-        return self.refusal_of(1) or self.refusal_by_size()
-
-    def refusal_by_size(self) -> str | None:
-        """Say why no event can be taken, however small, if that is so; asked once for a whole batch."""
-        largest = self._bounds.max_bytes
+    def refusal(self, more: int = 1) -> str | None:
+        """Say in a sentence why so many more deliveries cannot be taken on, if that is so."""
+        largest, most = self._bounds.max_bytes, self._bounds.max_pending
         if largest is not None and self.used_bytes > largest - _reserve(largest):
             return (
                 f"{self._path} is full: raise outbox.max_size, or shorten outbox.retention; "
                 "what was accepted goes out"
             )
-        return self._refusal_by_disk()
-
-    def refusal_of(self, more: int) -> str | None:
-        """Say why so many more deliveries cannot be taken on, if that is so."""
-        most = self._bounds.max_pending
-        if most is None or self._pending() + more <= most:
-            return None
-        return (
-            f"{most} deliveries are pending: raise outbox.max_pending, or see which endpoint takes none; "
-            "what was accepted goes out"
-        )
+        if most is not None and self._pending() + more > most:
+            return (
+                f"{most} deliveries are pending: raise outbox.max_pending, or see which endpoint takes none; "
+                "what was accepted goes out"
+            )
+        return self._refusal_of_disk()
 
     def is_near_its_bound(self) -> bool:
         """Tell whether it could be full before it is measured again."""
@@ -56,9 +47,9 @@ class Room:
 
     def refusal_of_copy(self) -> str | None:
         """Say why the disk cannot hold the outbox a second time, if that is so."""
-        return self._refusal_by_disk(self.used_bytes)
+        return self._refusal_of_disk(self.used_bytes)
 
-    def _refusal_by_disk(self, more_bytes: int = 0) -> str | None:
+    def _refusal_of_disk(self, more_bytes: int = 0) -> str | None:
         disk = os.statvfs(self._path.parent)
         if disk.f_bavail * disk.f_frsize >= _reserve(disk.f_blocks * disk.f_frsize) + more_bytes:
             return None
