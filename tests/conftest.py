@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from relay.outbox import Outbox, open_outbox
+from tests import figures
 
 STORES = ("sqlite",)
 
@@ -50,3 +51,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} skipped where nothing may: {report.longrepr}"
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell what was measured, after what failed."""
+    if lines := figures.table():
+        terminalreporter.section("figures")
+        for line in lines:
+            terminalreporter.line(line)
