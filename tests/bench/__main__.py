@@ -52,6 +52,7 @@ def parse() -> tuple[argparse.Namespace, Options]:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--events", type=int, default=4000, help="counted in each round")
+    parser.add_argument("--backlog", type=int, default=1_000_000, help="deliveries that wait, where some do")
     parser.add_argument("--only", choices=[each.name for each in MEASUREMENTS])
     parser.add_argument(
         "--loop", choices=["auto", "uvloop", "asyncio"], default="auto", help="of both systems"
@@ -74,6 +75,7 @@ def parse() -> tuple[argparse.Namespace, Options]:
         loop=arguments.loop,
         idle_seconds=0.2 if quick else 3,
         self_test=arguments.self_test,
+        backlog=2_000 if quick else arguments.backlog,
     )
     return arguments, options
 

@@ -7,38 +7,17 @@ once a round. A new row of the budgets is a function here and its entry in `MEAS
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bench.budget import Figure, Measurement, Samples
+from tests.bench.burdens import BURDENS
 from tests.bench.stage import Stage, System
-
-Samples = dict[str, float]
 
 WARM_UP = 0.25  # of the events that are then counted
 TURNS = 4  # of each system in a round: noise from outside lasts longer than a turn, so it falls on both
 STEADY_RATE = 500.0  # events a second
 FSYNCS = 200
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """A line of the table; without floor and aim it only explains the others."""
-
-    name: str
-    unit: str = ""
-    floor: float | None = None
-    aim: float | None = None
-    at_least: bool = False  # floor and aim are to be reached, not to be kept under
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """What is measured together, because one round shows all of it."""
-
-    name: str
-    round: Callable[[Stage], Awaitable[Samples]]
-    figures: tuple[Figure, ...]
 
 
 async def throughput(stage: Stage) -> Samples:
@@ -174,4 +153,5 @@ MEASUREMENTS = (
             Figure(name="idle CPU", unit="%", floor=0.5, aim=0.1),
         ),
     ),
+    *BURDENS,
 )

@@ -1,6 +1,7 @@
 """The load: posts events over keep-alive connections and tells how long the answers took.
 
-Each line on stdin is an order, `{"port": …, "events": …, "rate": …}`, and is answered with a line of figures.
+Each line on stdin is an order, `{"port": …, "events": …, "rate": …, "batch": …}`, and is answered with a line
+of figures; with a `batch`, so many events go into one request, and a rate counts requests.
 Without a rate every connection posts its next event when the last was answered (a closed loop). With one,
 events are posted at a steady pace whatever the answers do (an open loop), and an event's time counts from the
 moment it was due, also when no connection was free. An answer other than 202 ends the process with an error.
@@ -10,6 +11,7 @@ import asyncio
 import json
 import time
 from collections import deque
+from collections.abc import Iterable
 from functools import partial
 from typing import cast
 
@@ -28,6 +30,7 @@ class Load:
         self._waiting: deque[float | None] = deque()  # when each was due
         self._requests: list[bytes] = []
         self._latencies: list[float] = []
+        self._posted_at: list[float] = []
         self._answers_due = 0
         self._done: asyncio.Future[None] | None = None
 
@@ -41,10 +44,18 @@ class Load:
         while self._idle:
             self._idle.pop().close()
 
-    async def run(self, events: int, rate: float | None) -> dict[str, float]:
+    async def run(self, events: int, rate: float | None, batch: int | None = None) -> dict[str, object]:
         """Post this many events, wait for all answers, and return the figures in seconds."""
-        self._requests = [request(self._port, number) for number in range(events)]
-        self._latencies, self._answers_due = [], events
+        # Taken from the end, so the first event is made last.
+        if batch is None:
+            self._requests = [request(self._port, event(number)) for number in reversed(range(events))]
+        else:
+            self._requests = [
+                batch_request(self._port, range(start, min(start + batch, events)))
+                for start in range(0, events, batch)
+            ]
+        events = len(self._requests)
+        self._latencies, self._posted_at, self._answers_due = [], [], events
         self._done = asyncio.get_running_loop().create_future()
         started_at, cpu = time.monotonic(), time.process_time()
         await (self._post_steadily(events, rate) if rate else self._post_freely(events))
@@ -54,6 +65,8 @@ class Load:
             "cpu_seconds": time.process_time() - cpu,
             "p50": ordered[len(ordered) // 2],
             "p99": ordered[len(ordered) * 99 // 100],
+            "ended_at": time.monotonic(),
+            "posted_at": self._posted_at if rate else [],  # of each event, in the order of their numbers
         }
 
     async def _post_freely(self, events: int) -> None:
@@ -68,7 +81,8 @@ class Load:
         for number in range(events):
             if (early := start + number / rate - time.monotonic()) > 0:
                 await asyncio.sleep(early)
-            self._post(due=time.monotonic())
+            self._posted_at.append(time.monotonic())
+            self._post(due=self._posted_at[-1])
         await self._settled()
 
     def _post(self, *, due: float | None) -> None:
@@ -130,12 +144,21 @@ class Connection(asyncio.Protocol):
             self._load.answered(self, head[9:12], self._due)
 
 
-def request(port: int, number: int) -> bytes:
-    """Write one submission, its body about 600 bytes long."""
+def event(number: int) -> dict[str, object]:
+    """Make one event, about 600 bytes long as JSON."""
     data = {"postId": f"post_{number:08}", "platforms": ["x", "linkedin"], "views": number, "content": FILLER}
-    body = json.dumps({"event": "post.published", "data": data}).encode()
+    return {"event": "post.published", "data": data}
+
+
+def batch_request(port: int, numbers: Iterable[int]) -> bytes:
+    return request(port, {"events": [event(number) for number in numbers]}, "/v1/events/batch")
+
+
+def request(port: int, content: object, path: str = "/v1/events") -> bytes:
+    """Write one submission."""
+    body = json.dumps(content).encode()
     head = (
-        f"POST /v1/events HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
@@ -145,13 +168,13 @@ async def serve() -> None:
     """Carry out orders; the connections to a system stay open from its first order on."""
     loads: dict[int, Load] = {}
 
-    async def carry_out(order: str) -> dict[str, float]:
+    async def carry_out(order: str) -> dict[str, object]:
         wanted = json.loads(order)
         port = wanted["port"]
         if port not in loads:
             loads[port] = Load(port)
             await loads[port].connect()
-        return await loads[port].run(wanted["events"], wanted["rate"])
+        return await loads[port].run(wanted["events"], wanted["rate"], wanted.get("batch"))
 
     await obey(carry_out)
 

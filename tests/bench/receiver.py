@@ -1,8 +1,10 @@
 """The receiver: an https server that answers 200 to every POST and knows which events it has seen.
 
 Run with a certificate file, it prints its port. Each line on stdin is a number: once that many distinct
-`webhook-id`s have arrived since the start, it prints when the last one did. It ends when stdin does. It reads
-just enough HTTP for well-behaved clients, because it must never be the bottleneck.
+deliveries (a `webhook-id` at a path) have arrived since the start, it prints when the last one did. The line
+`arrivals` asks when each came of those below `/timed`, by path and the event's own number, and forgets them.
+What goes to `/hang` is never answered. It ends when stdin does. It reads just enough HTTP for well-behaved
+clients, because it must never be the bottleneck.
 """
 
 import asyncio
@@ -23,16 +25,20 @@ class Arrivals:
     def __init__(self) -> None:
         self.last_at = 0.0
         self.repeats = 0
+        self.timed: list[tuple[int, float]] = []
         self._seen: set[bytes] = set()
         self._awaited = 0
         self._reached = asyncio.Event()
 
-    def note(self, event_id: bytes) -> None:
-        if event_id in self._seen:
+    def note(self, path: bytes, event_id: bytes, body: bytes) -> None:
+        delivery = path + event_id
+        if delivery in self._seen:
             self.repeats += 1
             return
-        self._seen.add(event_id)
+        self._seen.add(delivery)
         self.last_at = time.monotonic()
+        if path.startswith(b"/timed"):
+            self.timed.append((number(body), self.last_at))
         if len(self._seen) == self._awaited:
             self._reached.set()
 
@@ -61,9 +67,17 @@ class Connection(asyncio.Protocol):
             size = end + 4 + int(header(head, b"content-length"))
             if len(self._unread) < size:
                 return
-            self._unread = self._unread[size:]
-            self._arrivals.note(header(head, b"webhook-id"))
-            self._transport.write(ANSWER)
+            body, self._unread = self._unread[end + 4 : size], self._unread[size:]
+            path = head[: head.index(b"\r\n")].split()[1]
+            if path != b"/hang":
+                self._arrivals.note(path, header(head, b"webhook-id"), body)
+                self._transport.write(ANSWER)
+
+
+def number(body: bytes) -> int:
+    """Find the number that the load gave an event."""
+    start = body.index(b"post_") + 5
+    return int(body[start : start + 8])
 
 
 def header(head: bytes, name: bytes) -> bytes:
@@ -82,7 +96,10 @@ async def receive(certificate: str) -> None:
     )
     print(server.sockets[0].getsockname()[1], flush=True)
 
-    async def awaited(order: str) -> dict[str, float]:
+    async def awaited(order: str) -> object:
+        if order.strip() == "arrivals":
+            timed, arrivals.timed = arrivals.timed, []
+            return timed
         await arrivals.reach(int(order))
         return {"last_at": arrivals.last_at, "repeats": arrivals.repeats}
 

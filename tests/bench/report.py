@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.bench.figures import Figure
+from tests.bench.budget import Figure
 from tests.bench.stage import Options, disk, filesystem
 
 

@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +33,17 @@ path = "{folder}/relay.db"
 [egress]
 allow_private = ["127.0.0.0/8", "::1/128"]
 
+{more}
+"""
+ENDPOINT = """
 [[endpoints]]
-id = "main"
+id = "{id}"
 url = "{url}"
 events = ["*"]
 secret = "{secret}"
 """
+
+Prepare = Callable[[Path], Awaitable[None]]  # what is done to a folder before the relay starts in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,7 @@ class Options:
     loop: str  # of the measured systems; `auto` is uvloop where it is installed
     idle_seconds: float
     self_test: bool  # put the bare handler in the relay's seat too
+    backlog: int = 1_000_000  # deliveries that wait, where a backlog is measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +80,23 @@ class Stage:
         self._started = 0
 
     @asynccontextmanager
-    async def system(self, seat: str) -> AsyncIterator[System]:
-        """Start what sits in this seat, wait until it is ready, and end it with the block."""
+    async def system(
+        self, seat: str, *, paths: Sequence[str] = ("",), prepare: Prepare | None = None, more: str = ""
+    ) -> AsyncIterator[System]:
+        """Start what sits in this seat, wait until it is ready, and end it with the block.
+
+        A relay has an endpoint for each path of the receiver's, and whatever `more` says in its config.
+        """
         self._started += 1
         folder = self.folder / f"{self._started}-{seat}"
         folder.mkdir()
         port = free_port()
-        command = self._bare(port) if seat == "bare" or self.options.self_test else self._relay(folder, port)
+        if prepare is not None:
+            await prepare(folder)
+        if seat == "bare" or self.options.self_test:
+            command = self._bare(port)
+        else:
+            command = self._relay(folder, port, "".join(self._endpoint(path) for path in paths) + more)
         trust = {"SSL_CERT_FILE": str(self.folder / "ca.pem")}
         began = time.monotonic()
         async with started(
@@ -89,14 +105,23 @@ class Stage:
             await until_ready(running, port)
             yield System(running=running, port=port, ready_seconds=time.monotonic() - began)
 
-    async def submit(self, system: System, events: int, *, rate: float | None = None) -> dict[str, Any]:
+    async def submit(
+        self,
+        system: System,
+        events: int,
+        *,
+        rate: float | None = None,
+        batch: int | None = None,
+        copies: int = 1,
+    ) -> dict[str, Any]:
         """Post events, wait until each is answered and has arrived, and say when and how fast.
 
         To the load's own figures (seconds) this adds `last_at`, when the last event came to the receiver. An
-        event that came twice is an error: every answer was 200, so nothing had to be sent again.
+        event that came twice is an error: every answer was 200, so nothing had to be sent again. Each event
+        is to come to so many of the receiver's paths (`copies`).
         """
-        order = json.dumps({"port": system.port, "events": events, "rate": rate})
-        self._expected += events
+        order = json.dumps({"port": system.port, "events": events, "rate": rate, "batch": batch})
+        self._expected += events * copies
         try:
             figures: dict[str, Any] = await self.load.ask(order, seconds=60 + events / (rate or 200))
             arrivals = await self.receiver.ask(str(self._expected), seconds=60)
@@ -110,10 +135,20 @@ class Stage:
         arguments = ("--port", str(port), "--url", self._url, "--secret", SECRET, "--loop", self.options.loop)
         return python("tests.bench.bare", *arguments)
 
-    def _relay(self, folder: Path, port: int) -> tuple[str, ...]:
+    async def lags(self, submitted: dict[str, Any]) -> list[float]:
+        """Return how long each delivery of a paced submission took to the timed paths, sorted."""
+        posted: list[float] = submitted["posted_at"]
+        arrived = await self.receiver.ask("arrivals", seconds=30)
+        return sorted(at - posted[number] for number, at in arrived)
+
+    def _endpoint(self, path: str) -> str:
+        id_ = path.strip("/").replace("/", "-") or "main"
+        return ENDPOINT.format(id=id_, url=self._url + path.strip("/"), secret=SECRET)
+
+    def _relay(self, folder: Path, port: int, more: str) -> tuple[str, ...]:
         loop = "" if self.options.loop == "auto" else f'loop = "{self.options.loop}"'
         config = folder / "relay.toml"
-        config.write_text(CONFIG.format(port=port, folder=folder, url=self._url, secret=SECRET, loop=loop))
+        config.write_text(CONFIG.format(port=port, folder=folder, loop=loop, more=more))
         return python("relay", "serve", "--config", str(config))
 
 
