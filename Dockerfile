@@ -7,10 +7,16 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends binutils \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
+COPY .ci/requirements ./requirements
+# Every file that is installed has the hash that was pinned, what builds the wheel included.
+RUN python -m venv /opt/build \
+    && /opt/build/bin/pip install --no-cache-dir --require-hashes --only-binary :all: -r requirements/build.txt \
+    && python -m venv /opt/relay \
+    && /opt/relay/bin/pip install --no-cache-dir --no-compile --require-hashes --only-binary :all: -r requirements/image.txt
 COPY pyproject.toml README.md ./
 COPY relay ./relay
-RUN python -m venv /opt/relay \
-    && /opt/relay/bin/pip install --no-cache-dir --no-compile '.[uvloop]' \
+RUN /opt/build/bin/python -m hatchling build -t wheel \
+    && /opt/relay/bin/pip install --no-cache-dir --no-compile --no-deps --no-index dist/relay-*.whl \
     && /opt/relay/bin/pip uninstall --yes pip \
     && find /opt/relay -name '*.so*' -type f -exec strip --strip-unneeded {} + \
     && find /opt/relay \( -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -o -name '*.h' -o -name '*.pyi' \) -delete \
