@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
+from tests.figures import figure
 from tests.process import RelayProcess, relay_process
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ def test_no_page_of_another_origin_submits_an_event(relay, strangers_page, trick
         strangers_page.evaluate(trick, [f"{relay.url}/v1/events", orjson.dumps(EVENT).decode()])
     answer = asked.value.response()
 
+    told(relay, before)
     assert (answer.status if answer is not None else None) == answered
     assert stored(relay) == before
     assert submitted(relay) in stored(relay), "as it must for a client that is no page"
@@ -150,9 +152,19 @@ def test_a_page_whose_name_was_rebound_to_the_relay_submits_no_event(relay, page
         [f"{strangers_name}/v1/events", orjson.dumps(EVENT).decode()],
     )
 
+    told(relay, before)
     assert (opened.status, answered) == (421, [421, 421])
     assert stored(relay) == before
     assert submitted(relay) in stored(relay), "as it must for a client that is no page"
+
+
+attacks = {"tried": 0, "stored an event": 0}
+
+
+def told(relay: RelayProcess, before: list[str]) -> None:
+    attacks["tried"] += 1
+    attacks["stored an event"] += stored(relay) != before
+    figure("browser attacks that stored an event / tried", "{stored an event} / {tried}".format(**attacks))
 
 
 def stored(relay: RelayProcess) -> list[str]:

@@ -22,6 +22,7 @@ import orjson
 import pytest
 
 from relay.api import connections
+from tests.figures import figure
 from tests.process import RelayProcess, free_port, relay_process
 from tests.raw import head, listen, speak
 from tests.receiver import Answer as AnswerOf
@@ -131,12 +132,17 @@ BROKEN = {
 }  # fmt: skip
 
 
+smuggled: set[str] = set()
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_no_http_is_refused_once_and_ends_the_connection(relay, name):
     """Two readers who disagree where a request ends is how one is smuggled past the first of them."""
     before = stored(relay)
 
     answer = speak(relay.port, BROKEN[name] + head("GET /livez HTTP/1.1"))
+    smuggled.update([name] if answer.statuses != [400] else [])
+    figure("broken or ambiguous requests that were taken / forms", f"{len(smuggled)} / {len(BROKEN)}")
 
     assert answer.statuses == [400], "what follows is not read as a request"
     assert answer.closed
@@ -307,7 +313,9 @@ def test_no_spelling_of_a_path_reaches_the_service_without_a_token(guarded):
             reached.append((method, target, answer.statuses))
         if receipt["id"].encode() in answer.text or b"post_1" in answer.text:
             reached.append((method, target, answer.text))
-    print(f"spellings of paths that reached the service without a token: {len(reached)} of {tried}")
+    figure(
+        "spellings of a path that reached the service without a token / tried", f"{len(reached)} / {tried}"
+    )
     assert reached == []
     assert stored(guarded, BEARER) == [receipt["id"]]
 
@@ -454,7 +462,7 @@ secret = "s"
                 assert status == 202
             await receiver.wait_for(20)
             opened = len(list(Path(f"/proc/{relay.process.pid}/fd").iterdir()))
-            print(f"descriptors open beside 300 idle connections: {opened} of 128")
+            figure("descriptors open beside 300 idle connections / allowed", f"{opened} / 128")
             assert opened < 128
             assert '"level":"error"' not in relay.log
 
@@ -495,7 +503,7 @@ def test_a_healthy_client_hardly_notices_400_slow_heads_and_400_slow_bodies(rela
             dripping.join()
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     p99 = statistics.quantiles(took, n=100)[98]
-    print(f"healthy p99 beside 400 slow heads and 400 slow bodies: {p99:.1f} ms (aim < 50)")
+    figure("healthy p99 beside 400 slow heads and 400 slow bodies (aim < 50 ms)", f"{p99:.1f} ms")
     assert p99 < 1000
 
 
@@ -556,7 +564,7 @@ def test_a_large_batch_that_is_made_to_hurt_is_worked_off_in_turns(relay, name):
             with contextlib.suppress(BlockingIOError):
                 answer = stream.recv(100)
                 break
-    print(f"longest wait beside a batch of {name}: {max(waits) * 1000:.0f} ms")
+    figure(f"longest wait of others beside a batch of {name}", f"{max(waits) * 1000:.0f} ms")
     assert answer.startswith((b"HTTP/1.1 202", b"HTTP/1.1 400", b"HTTP/1.1 422"))
     assert max(waits) < 3
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.figures import figure
 from tests.process import RelayProcess, free_port, relay_process
 from tests.raw import head, speak
 from tests.receiver import Answer, Receiver
@@ -161,7 +162,7 @@ async def test_no_secret_is_told_anywhere_in_a_busy_life(tmp_path, receiver):
         for where, text in life.told.items()
         if any(form in text for form in spelled(secret)) and (name not in payloads or where == "log")
     ]
-    print(f"canaries found: {len(found)}, of {len(secrets)}, on {len(life.told)} surfaces")
+    figure("canaries found / secrets on surfaces", f"{len(found)} / {len(secrets)} on {len(life.told)}")
     assert found == []
     assert CANARIES["body"] in str(life.told), "which is how we know that finding works"
     for path in tmp_path.glob("relay.db*"):
