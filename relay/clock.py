@@ -48,12 +48,17 @@ class SystemClock:
             pass
 
 
+def ahead_ms(clock: Clock) -> int:
+    """Return how far the wall clock is ahead of the one that never jumps; only a jump changes it by much."""
+    return clock.now_ms() - round(clock.monotonic() * 1000)
+
+
 async def watch(clock: Clock, jumped: Callable[[int], None]) -> None:
     """Call `jumped` with the milliseconds by which the wall clock was set, either way; until cancelled."""
     never = asyncio.Event()
-    ahead_ms = clock.now_ms() - round(clock.monotonic() * 1000)
+    ahead = ahead_ms(clock)
     while True:
         await clock.wait(never, clock.now_ms() + WATCH_MS)
-        before_ms, ahead_ms = ahead_ms, clock.now_ms() - round(clock.monotonic() * 1000)
-        if abs(ahead_ms - before_ms) > JUMP_MS:
-            jumped(ahead_ms - before_ms)
+        before, ahead = ahead, ahead_ms(clock)
+        if abs(ahead - before) > JUMP_MS:
+            jumped(ahead - before)

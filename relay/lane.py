@@ -17,7 +17,7 @@ from typing import Protocol
 
 from relay import formats
 from relay import health as rules
-from relay.clock import Clock
+from relay.clock import JUMP_MS, Clock, ahead_ms
 from relay.model import Attempt, Delivery, Endpoint, Health, Message, Outcome, Standing, State, Verdict
 from relay.outbox import Expired, FullError, Outbox
 from relay.pace import Bucket, Limit
@@ -76,7 +76,9 @@ class Lane:
         self._probing = False
         self._rest_until_ms = 0
         self._expiry_ms = 0  # when to look at what waits too long; in the past: now
+        self._ahead_ms = ahead_ms(around.clock)
         self._clock_was_set = True  # as far as this lane knows, while the relay was off
+        self._to_keep = False  # whether how the endpoint stands has yet to be written
         self._drain: asyncio.Timeout | None = None
         self._stop_at: float | None = None
         self._paused = False
@@ -100,13 +102,13 @@ class Lane:
         if self.health.standing is not Standing.UP:
             self._limit.start_over()
         self._stands(rules.resumed(self._clock.now_ms()))
-        await self._outbox.keep_health(self.endpoint.id, self.health)
+        await self._keep_health()
 
     def set_right(self) -> None:
         """Take note that the clock was set."""
         self._stands(rules.set_right(self.health, self.endpoint, self._clock.now_ms()))
-        self._clock_was_set = True
-        self._wake.set()
+        self._rest_until_ms = 0
+        self._clock_was_set = self._to_keep = True
 
     def stop(self, grace_seconds: float) -> None:
         """Start no attempt any more; cut off after the grace what is in flight. A second call shortens it."""
@@ -338,13 +340,29 @@ class Lane:
             self._around.wake(endpoint for receipt in receipts for endpoint in receipt.endpoints)
 
     async def _set_clock_right(self) -> None:
-        """Wait for nothing longer than the longest step, if the clock was set."""
+        """Wait for nothing longer than the longest step, if the clock was set.
+
+        A lane looks for itself: whoever watches the clock may come after ages have been believed.
+        """
+        before_ms, self._ahead_ms = self._ahead_ms, ahead_ms(self._clock)
+        if abs(self._ahead_ms - before_ms) > JUMP_MS:
+            self.set_right()
         if not self._clock_was_set:
             return
         now_ms = self._clock.now_ms()
         longest_seconds = max(self.endpoint.retry_schedule, default=0.0) * (1 + JITTER)
         try:
             await self._outbox.advance(self.endpoint.id, now_ms + round(longest_seconds * 1000), now_ms)
+            if self._to_keep:
+                await self._keep_health()
         except FullError:
             return  # the next turn tries again
         self._clock_was_set = False
+
+    async def _keep_health(self) -> None:
+        """Write how the endpoint stands; again if an attempt changed it, as one commit may hold both."""
+        written = None
+        while written is not self.health:
+            written = self.health
+            await self._outbox.keep_health(self.endpoint.id, written)
+        self._to_keep = False
