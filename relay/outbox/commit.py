@@ -100,7 +100,7 @@ def _passed_on(db: sqlite3.Connection, records: Sequence[Record]) -> list[tuple[
     for record in records:
         delivery, key = record.delivery, record.delivery.event.key
         if delivery.ordered and key is not None:
-            due_ms = order.pass_on(db, delivery.handle, key)
+            due_ms = order.pass_on(db, delivery.handle, key, record.attempt.at_ms)
             if due_ms is not None:
                 passed_on.append((delivery.endpoint, due_ms))
     return passed_on

@@ -12,7 +12,12 @@ OLDEST = (
     "SELECT event FROM deliveries WHERE endpoint = ? AND key = ? AND state = 0 AND key IS NOT NULL"
     " ORDER BY event LIMIT 1"
 )
-HOLD = "UPDATE deliveries SET held = ? WHERE event = ? AND endpoint = ? AND state = 0 RETURNING due"
+HOLD = "UPDATE deliveries SET held = 1 WHERE event = ? AND endpoint = ? AND state = 0"
+# What only waited for its turn is due now, whatever the clock said when it was accepted.
+LET_GO = (
+    "UPDATE deliveries SET held = 0, due = iif(attempts = 0 AND since IS NULL, min(due, ?), due)"
+    " WHERE event = ? AND endpoint = ? AND state = 0 RETURNING due"
+)
 
 
 class Heads:
@@ -36,7 +41,7 @@ def oldest(db: sqlite3.Connection, number: int, key: str) -> int | None:
     return row[0] if row else None
 
 
-def pass_on(db: sqlite3.Connection, handle: Handle, key: str) -> int | None:
+def pass_on(db: sqlite3.Connection, handle: Handle, key: str, now_ms: int) -> int | None:
     """Let the oldest of a key go, now that `handle` was attempted or is over.
 
     Returns when the one that may go now is due; None if that is `handle` itself or nothing is left.
@@ -45,19 +50,19 @@ def pass_on(db: sqlite3.Connection, handle: Handle, key: str) -> int | None:
     first = oldest(db, number, key)
     if first is None or first == event:
         return None
-    db.execute(HOLD, (1, event, number)).fetchall()  # still pending, but an older one was replayed meanwhile
-    return _let_go(db, first, number)
+    db.execute(HOLD, (event, number))  # still pending, but an older one was replayed meanwhile
+    return _let_go(db, first, number, now_ms)
 
 
-def go_before(db: sqlite3.Connection, before: int | None, number: int, key: str) -> None:
+def go_before(db: sqlite3.Connection, before: int | None, number: int, key: str, now_ms: int) -> None:
     """Let the oldest of a key go instead of `before`, which was the oldest until something was replayed."""
     first = oldest(db, number, key)
     if first is not None and first != before:
         if before is not None:
-            db.execute(HOLD, (1, before, number)).fetchall()
-        _let_go(db, first, number)
+            db.execute(HOLD, (before, number))
+        _let_go(db, first, number, now_ms)
 
 
-def _let_go(db: sqlite3.Connection, event: int, number: int) -> int:
-    (row,) = db.execute(HOLD, (0, event, number)).fetchall()
+def _let_go(db: sqlite3.Connection, event: int, number: int, now_ms: int) -> int:
+    (row,) = db.execute(LET_GO, (now_ms, event, number)).fetchall()
     return int(row[0])

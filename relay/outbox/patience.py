@@ -64,7 +64,7 @@ def expire(
             continue
         db.execute(END, (now_ms, event, number))
         if key is not None:
-            order.pass_on(db, (event, number), key)
+            order.pass_on(db, (event, number), key, now_ms)
         ended.append((event, number))
         expired.append(Expired(event_id=id_, type=type_, attempts=attempts))
     reached = rows[-1][0] if len(rows) == STEP else None
@@ -73,10 +73,12 @@ def expire(
 
 TOO_LATE = (
     "UPDATE deliveries SET due = ? WHERE endpoint = ? AND state = 0 AND event IN"
-    " (SELECT event FROM deliveries"
-    " WHERE endpoint = ? AND state = 0 AND held = 0 AND due > ? AND since IS NULL LIMIT ?)"
+    " (SELECT event FROM deliveries AS d"
+    " WHERE endpoint = ? AND state = 0 AND held = 0 AND due > ? AND (since IS NULL OR EXISTS"
+    " (SELECT 1 FROM attempts AS a WHERE a.event = d.event AND a.endpoint = d.endpoint"
+    " AND a.number = d.attempts AND a.at > d.since)) LIMIT ?)"
 )
-# Those of a replay are spaced out on purpose: they keep their distances and begin now.
+# Those of a replay are spaced out on purpose until attempted: they keep their distances and begin now.
 REPLAYED = (
     "UPDATE deliveries SET due = due - (since - ?), since = ? WHERE endpoint = ? AND state = 0 AND event IN"
     " (SELECT event FROM deliveries WHERE endpoint = ? AND state = 0 AND held = 0 AND due > ? AND since > ?"

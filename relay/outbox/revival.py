@@ -100,7 +100,7 @@ def revive(
     for (number, key), head in heads.items():
         if head is not None and (head, number) in in_flight:
             continue  # it passes on to what is older when its attempt is over
-        order.go_before(db, head, number, key)
+        order.go_before(db, head, number, key, now_ms)
         if head is not None:
             waiting.append((head, number))
     return waiting
