@@ -130,16 +130,16 @@ class SqliteOutbox:
         waiting = self._waiting.get(endpoint)
         if waiting is None or waiting.closed:
             return None
-        rows = await self._run(statements.following, waiting.number, waiting.probed, PROBED_AT_ONCE)
-        if len(rows) < PROBED_AT_ONCE:
-            rows += await self._run(statements.following, waiting.number, START, PROBED_AT_ONCE)
-        for row in rows:
-            handle = (row[1], waiting.number)
-            if handle not in self._in_flight and not waiting.closed:
-                self._in_flight.add(handle)
-                waiting.forget_fresh(handle)
-                waiting.probed = row[:2]
-                return statements.delivery(row, waiting.number, endpoint)
+        for after in (waiting.probed, START):
+            rows = await self._run(statements.following, waiting.number, after, PROBED_AT_ONCE)
+            # Looked through before the next hop: what is in flight now may be over by then.
+            for row in rows:
+                handle = (row[1], waiting.number)
+                if handle not in self._in_flight and not waiting.closed:
+                    self._in_flight.add(handle)
+                    waiting.forget_fresh(handle)
+                    waiting.probed = row[:2]
+                    return statements.delivery(row, waiting.number, endpoint)
         return None
 
     async def record(
@@ -170,14 +170,17 @@ class SqliteOutbox:
                 in_flight=self._in_flight.__contains__,
             )
         )
-        waiting.aged = step.after or 0
+        oldest_ms = min(
+            (each for each in (waiting.aged_ms, step.oldest_ms) if each is not None), default=None
+        )
+        waiting.aged, waiting.aged_ms = (step.after, oldest_ms) if step.after is not None else (0, None)
         for handle in step.ended:
             waiting.forget_fresh(handle)
         self._pending[waiting.number] -= len(step.ended)
         self._dead[waiting.number] += len(step.ended)
         if step.ended:
             waiting.rewind(0)  # the next of a key may go
-        return Patience(expired=tuple(step.expired), more=step.after is not None, oldest_ms=step.oldest_ms)
+        return Patience(expired=tuple(step.expired), more=step.after is not None, oldest_ms=oldest_ms)
 
     async def advance(self, endpoint: str, latest_ms: int, now_ms: int) -> None:
         waiting = self._waiting.get(endpoint)

@@ -23,7 +23,8 @@ class Waiting:
         self.due_ms: int | None = 0  # of the next on disk; in the past: look
         self.closed = 0  # while above nothing is handed out: what is pending is being rearranged
         self.probed = START  # the place of the latest probe
-        self.aged = 0  # how far the walk over what waits too long has come
+        self.aged = 0  # how far the walk over what waits too long has come,
+        self.aged_ms: int | None = None  # and since when the oldest waits that it has passed
         self._place = START  # how far the lane has come on disk
         self._fresh: dict[tuple[int, int], Delivery] = {}
 
