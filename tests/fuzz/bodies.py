@@ -301,7 +301,8 @@ def visible(chance: random.Random) -> str:
 FIELDS = (
     "Idempotency-Key", "traceparent", "tracestate", "ce-id", "ce-type", "ce-source", "ce-specversion",
     "ce-time", "ce-subject", "Origin", "Sec-Fetch-Site", "Authorization", "Accept", "Expect", "Cookie",
-    "Content-Encoding", "Connection", "X-HTTP-Method-Override", "If-None-Match", "Range", "Forwarded", "TE", "Upgrade",
+    "Content-Encoding", "Connection", "X-HTTP-Method-Override", "If-None-Match", "Range", "Forwarded", "TE",
+    "Upgrade",
 )  # fmt: skip
 PATHS = ("/v1/events", "/v1/events/", "/livez", "/v1/webhooks/settings/", "/v1/events?", "/")
 
