@@ -15,7 +15,10 @@ An application posts an event on localhost.
     formats.py    the body it is sent with
     signing.py    the headers that prove where it comes from
     sender.py     makes one attempt, and tells what it met
+    dialling.py   makes the connection, through a proxy where there is one
+    lookup.py     finds the addresses of a name
     egress.py     judges every address before it is dialled
+    tls.py        what a connection shows and trusts
     retry.py      decides what follows: delivered, again later, dead
     health.py     and how the endpoint stands: up, down, gone
     report.py     says so in the log, and to whoever subscribed to the relay's own events

@@ -11,6 +11,7 @@ milliseconds since 1970 (UTC) in names ending `_ms`; lengths of time are in name
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 
@@ -125,6 +126,28 @@ Signer = Callable[[Message], Headers]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """What a client shows, and trusts in place of the system's authorities; `digest` is of the contents."""
+
+    ca: Path | None
+    cert: Path | None
+    key: Path | None  # None: in the file of the certificate
+    digest: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proxy:
+    """The way out of a network, asked by CONNECT."""
+
+    host: str  # IPv6 without brackets
+    port: int
+    authorization: Secret | None = None  # the header's value
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
     """One receiver, with every default filled in and every name resolved."""
 
@@ -146,6 +169,8 @@ class Endpoint:
     headers: tuple[tuple[str, Secret], ...] = ()
     description: str = ""
     source: str = "config"  # or "api"
+    tls: TlsFiles | None = None
+    proxy: Proxy | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 from asyncio import sslproto
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from ipaddress import ip_network
@@ -21,6 +21,7 @@ import uvloop
 
 import relay
 from relay.egress import Policy
+from relay.lookup import Names
 from relay.model import Endpoint, Message, Outcome, Secret
 from relay.sender import Sender, open_sender
 from relay.signing import socialsyncer, standard
@@ -207,11 +208,8 @@ async def hostile() -> AsyncIterator[Callable[[Act], Awaitable[Hostile]]]:
         yield start
 
 
-def answers_of(names: dict[str, Sequence[str]]) -> Callable[[str, int], Awaitable[Sequence[str]]]:
-    async def resolve(host: str, port: int) -> Sequence[str]:
-        return names[host]
-
-    return resolve
+def names_of(answers: Mapping[str, Sequence[str]]) -> Names:
+    return Names(answers.__getitem__)
 
 
 # What is sent
@@ -667,17 +665,18 @@ async def test_a_handshake_that_hangs_is_a_connect_time_out(sender):
 async def test_a_look_up_that_hangs_is_a_connect_time_out_of_its_own_endpoint(receiver):
     """A dead name server must not delay receivers whose names it does not know."""
 
-    async def hang(host: str, port: int) -> Sequence[str]:
-        await asyncio.Event().wait()
-        raise AssertionError
+    over = threading.Event()
+    hang = Names(lambda host: [host] if over.wait(5) else [])
 
-    async with sender_to_loopback(resolve=hang) as sender, asyncio.TaskGroup() as tasks:
+    async with sender_to_loopback(names=hang) as sender, asyncio.TaskGroup() as tasks:
         to = endpoint("https://slow.example/", id="slow", timeout_seconds=0.6)
         attempt = tasks.create_task(sender.send(to, MESSAGE))
         other = await sender.send(endpoint(receiver.url), MESSAGE)
         other_was_first = not attempt.done()
 
+    over.set()
     assert (attempt.result().reason, other.reason) == ("connect_timeout", None)
+    assert not attempt.result().unspent
     assert other_was_first
 
 
@@ -685,12 +684,12 @@ async def test_a_look_up_that_hangs_is_a_connect_time_out_of_its_own_endpoint(re
 async def test_a_name_without_an_address_is_a_dns_error(answers):
     """A name that is gone for a moment comes back; the event waits for it."""
 
-    async def resolve(host: str, port: int) -> Sequence[str]:
+    def ask(host: str) -> Sequence[str]:
         if answers is None:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return answers
 
-    async with sender_to_loopback(resolve=resolve) as sender:
+    async with sender_to_loopback(names=Names(ask)) as sender:
         outcome = await sender.send(endpoint("https://gone.example/"), MESSAGE)
 
     assert (outcome.reason, outcome.status) == ("dns_error", None)
@@ -779,7 +778,7 @@ async def test_a_forbidden_literal_is_not_dialled(host):
 )
 async def test_one_forbidden_address_refuses_the_whole_name(receiver, answers):
     """Whoever gave that answer wanted us to try it; the others are no excuse."""
-    async with sender_to_loopback(Policy(), resolve=answers_of({"evil.example": answers})) as sender:
+    async with sender_to_loopback(Policy(), names=names_of({"evil.example": answers})) as sender:
         outcome = await sender.send(endpoint(f"https://evil.example:{receiver.port}/"), MESSAGE)
 
     assert (outcome.reason, outcome.status) == ("blocked_address", None)
@@ -787,16 +786,16 @@ async def test_one_forbidden_address_refuses_the_whole_name(receiver, answers):
 
 async def test_everyone_who_waits_for_a_forbidden_name_is_refused_alike():
     """Attempts of one moment share a look-up, but only one of them asked for it."""
-    asked = asyncio.Event()
+    asked = threading.Event()
     waiting = 0
 
-    async def resolve(host: str, port: int) -> Sequence[str]:
+    def ask(host: str) -> Sequence[str]:
         nonlocal waiting
         waiting += 1
-        await asked.wait()
+        asked.wait(5)
         return ["10.0.0.1"]
 
-    async with sender_to_loopback(Policy(), resolve=resolve) as sender, asyncio.TaskGroup() as tasks:
+    async with sender_to_loopback(Policy(), names=Names(ask)) as sender, asyncio.TaskGroup() as tasks:
         attempts = [
             tasks.create_task(sender.send(endpoint("https://evil.example/"), MESSAGE)) for _ in range(5)
         ]
@@ -810,17 +809,17 @@ async def test_everyone_who_waits_for_a_forbidden_name_is_refused_alike():
 
 async def test_a_name_that_turns_to_a_forbidden_address_is_refused(receiver):
     """DNS rebinding: the name was fine when it was registered, and at the last attempt."""
-    names = {"turning.example": ["127.0.0.1"]}
+    answers = {"turning.example": ["127.0.0.1"]}
     receiver_of_name = server_ssl("turning.example", Receiver.authority)
     allowed = Policy(allow_private=(ip_network("127.0.0.1/32"),))
     closing = saying_then_closing(OK + b"Connection: close\r\n" + EMPTY)
     async with (
         Hostile(closing, context=receiver_of_name) as server,
-        sender_to_loopback(allowed, resolve=answers_of(names)) as sender,
+        sender_to_loopback(allowed, names=names_of(answers)) as sender,
     ):
         to = endpoint(server.url.replace("127.0.0.1", "turning.example"))
         first = await sender.send(to, MESSAGE)
-        names["turning.example"] = ["127.0.0.2"]
+        answers["turning.example"] = ["127.0.0.2"]
         forget_names(sender)
         second = await sender.send(to, MESSAGE)
 
@@ -845,8 +844,8 @@ async def test_a_dial_is_judged_although_the_name_was_judged_before(hostile):
 async def test_the_relays_own_listener_is_never_an_endpoint(receiver, host, listening):
     """An event that comes in by the door it went out of goes round for ever."""
     own = frozenset({(listening, receiver.port)})
-    resolve = answers_of({"localhost": ["127.0.0.1"]})
-    async with sender_to_loopback(own_addresses=own, resolve=resolve) as sender:
+    names = names_of({"localhost": ["127.0.0.1"]})
+    async with sender_to_loopback(own_addresses=own, names=names) as sender:
         outcome = await sender.send(endpoint(f"https://{host}:{receiver.port}/"), MESSAGE)
 
     assert (outcome.reason, receiver.requests) == ("blocked_address", [])
@@ -891,7 +890,7 @@ async def test_http_goes_to_this_machine_and_only_when_the_config_says_so(policy
 async def test_http_to_localhost_stays_on_this_machine(address):
     """localhost is a name like any other, and a name can point anywhere."""
     policy = Policy(allow_http=True, allow_private=(ip_network("10.0.0.0/8"),))
-    async with sender_to_loopback(policy, resolve=answers_of({"localhost": [address]})) as sender:
+    async with sender_to_loopback(policy, names=names_of({"localhost": [address]})) as sender:
         outcome = await sender.send(endpoint("http://localhost:9/", timeout_seconds=0.3), MESSAGE)
 
     assert outcome.reason == "blocked_address"
@@ -908,7 +907,7 @@ async def test_of_a_name_with_many_addresses_four_are_tried():
     everywhere = Hostile(note, host="0.0.0.0")  # noqa: S104 - to see which of its addresses was dialled
     async with (
         everywhere as server,
-        sender_to_loopback(resolve=answers_of({"many.example": addresses})) as sender,
+        sender_to_loopback(names=names_of({"many.example": addresses})) as sender,
     ):
         outcome = await sender.send(endpoint(f"https://many.example:{server.port}/"), MESSAGE)
 
@@ -930,8 +929,8 @@ async def test_a_tls_connection_keeps_a_small_read_buffer(sender, receiver):
     """asyncio would keep 256 KiB for each, which is most of what an idle relay with many endpoints weighs."""
     await sender.send(endpoint(receiver.url), MESSAGE)
 
-    (session,) = sender._sessions.values()
-    ((connection, _),) = next(iter(session.connector._conns.values()))
+    (connections,) = sender._connections.values()
+    ((connection, _),) = next(iter(connections.session.connector._conns.values()))
     assert sslproto.SSLProtocol.max_size == 32 * 1024
     assert len(connection.transport._ssl_protocol._ssl_buffer) == 32 * 1024
 
@@ -949,5 +948,4 @@ def certified(issuer: trustme.CA, host: str, ended: datetime | None) -> ssl.SSLC
 
 def forget_names(sender: Sender) -> None:
     """Let the names that were looked up expire."""
-    for session in sender._sessions.values():
-        session.connector.clear_dns_cache()
+    sender._names.forget()

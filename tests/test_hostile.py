@@ -1,0 +1,95 @@
+"""Receivers that misbehave, all of them: each gets its named outcome, and none gets more than that."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.figures import figure
+from tests.hostile import SET, HostileReceiver, loopback_sender, message, right, to, try_all
+from tests.receiver import Receiver
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[HostileReceiver]:
+    async with HostileReceiver() as receiver:
+        yield receiver
+
+
+async def test_every_misbehaviour_has_the_outcome_of_the_contract(receiver):
+    """What a failure is called decides what people look for; what counts as success is never sent again."""
+    async with loopback_sender() as sender:
+        outcomes = await try_all(receiver.url(""), sender, timeout_seconds=2.0)
+        wrong = {path: outcome for path, outcome in outcomes.items() if not right(path, outcome)}
+        figure("hostile answers right / all", f"{len(SET) - len(wrong)} / {len(SET)}")
+        figure(
+            "slowest hostile attempt at a 2 s time-out (ms)", max(o.milliseconds for o in outcomes.values())
+        )
+
+        assert wrong == {}
+        assert max(outcome.milliseconds for outcome in outcomes.values()) < 10_000
+    await receiver.quiet()
+
+
+async def test_after_every_misbehaviour_the_next_attempt_is_like_any(receiver):
+    """What a receiver leaves on a connection must not be taken for its next answer."""
+    async with loopback_sender() as sender:
+        for _ in range(2):
+            await try_all(receiver.url(""), sender, timeout_seconds=0.5)
+            outcome = await sender.send(to(receiver.url("/ok")), message())
+
+            assert (outcome.status, outcome.reason, outcome.answer) == (200, None, None)
+
+
+async def test_what_is_dropped_is_dropped_at_once(receiver):
+    """A connection that would go on talking is aborted, whether or not its head was good."""
+    talking = [path for path in SET if "endless" in path or "dripping" in path or path == "/answers-unasked"]
+    async with loopback_sender() as sender:
+        for path in talking:
+            await sender.send(to(receiver.url(path), id=path, timeout_seconds=0.5), message())
+        await receiver.quiet(within=2)
+
+    assert len(talking) >= 12
+    assert receiver.connections == len(talking)
+
+
+async def test_no_state_is_kept_for_a_receiver(receiver):
+    """Cookies, pinned schemes and other addresses are for browsers; here they would be a way to steer us."""
+    async with loopback_sender() as sender:
+        for path in ("/cookies", "/state-to-be-kept", "/redirect-308", "/cookies"):
+            await sender.send(to(receiver.url(path)), message())
+
+    assert [request.path for request in receiver.requests] == [
+        "/cookies",
+        "/state-to-be-kept",
+        "/redirect-308",
+        "/cookies",
+    ]
+    assert all("cookie" not in request.headers for request in receiver.requests)
+
+
+async def test_the_whole_set_at_once_weighs_little(receiver, tmp_path):
+    """A receiver that could fill the relay's memory would stop everybody's events."""
+    Receiver.authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.weighing", receiver.url(""), tmp_path / "ca.pem", cwd=ROOT,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(60):
+            said, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    idle, peak, wrong = map(int, said.split())
+    figure("peak RSS over the hostile set, above idle (MiB)", (peak - idle) / 1024)
+
+    assert process.returncode == 0
+    assert wrong == 0
+    assert peak - idle < 48 * 1024
