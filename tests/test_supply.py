@@ -18,6 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from relay.config import load
 from tests.process import RelayProcess, free_port, relay_process
 from tests.raw import head, speak
 from tests.receiver import Receiver
@@ -98,6 +99,18 @@ def test_the_readmes_command_lists_what_the_image_holds(tmp_path):
     components = {(canonicalize_name(each["name"]), each["version"]) for each in bom["components"]}
     assert components == {(name, version) for name, versions in pins("image").items() for version in versions}
     assert all(each["purl"].startswith("pkg:pypi/") for each in bom["components"])
+
+
+def test_the_same_source_makes_the_same_wheel(tmp_path):
+    """So that who doubts a wheel can build it and compare."""
+    made = []
+    for name in ("one", "two"):
+        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / name)]
+        environment = os.environ | {"SOURCE_DATE_EPOCH": "1760000000"}
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60, env=environment)
+        made += [each.read_bytes() for each in (tmp_path / name).iterdir()]
+    assert len(made) == 2
+    assert made[0] == made[1]
 
 
 def test_the_readme_answers_the_eighteen_questions():
@@ -286,7 +299,11 @@ def test_the_pods_probes_find_what_they_ask_for(tmp_path):
     relay = yaml.safe_load(MANIFEST)["spec"]["template"]["spec"]["initContainers"][0]
     assert relay["restartPolicy"] == "Always", "which is what makes an init container a sidecar"
     port = str(free_port())
-    environment = {each["name"]: each["value"].replace("8485", port) for each in relay["env"]}
+    environment = {each["name"]: each["value"] for each in relay["env"]}
+    assert load(ROOT / "config.example.toml", environment).server.ops_listen is not None
+    environment = {
+        name: text.replace("0.0.0.0:8485", f"127.0.0.1:{port}") for name, text in environment.items()
+    }
     assert [each["containerPort"] for each in relay["ports"]] == [8485]
     with relay_process(tmp_path, "", environment):
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import Any, cast
 from weakref import WeakSet
 
-from aiohttp import StreamReader, web
+from aiohttp import HttpVersion10, StreamReader, web
 
 from relay.api.answers import unavailable
 from relay.api.problems import Problem, of_framework
@@ -214,9 +214,23 @@ def _tracked(handler: Callable[[Any], Awaitable[web.StreamResponse]]) -> Callabl
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         if isinstance(request.protocol, Connection):
             request.protocol.begin()
+        if request.version < HttpVersion10:
+            return _no_version(request)
         try:
             return await handler(request)
         except web.HTTPException as error:
             return of_framework(error).response()
 
     return handle
+
+
+def _no_version(request: web.BaseRequest) -> web.StreamResponse:
+    """Refuse what has the form of HTTP/0.9: whatever speaks that did not mean us.
+
+    The answer is written here, because aiohttp's would be of the same version.
+    """
+    problem = Problem(400, BROKEN, kind="not-http")
+    if request.transport is not None:
+        request.transport.write(raw(problem))
+        request.protocol.force_close()
+    return problem.response()

@@ -20,6 +20,7 @@ from relay.outbox import ConflictError, DeliveryStory, Ended, Story
 
 LARGEST_BATCH = 16 << 20
 MOST_IN_BATCH = 1000
+MOST_CONTAINERS = 1_000_000  # whose memory is many times that of their text
 LARGEST_REPLAY = 4 << 10
 
 
@@ -81,6 +82,8 @@ class Events:
                 [("#", "the header Idempotency-Key is for one event: give each its idempotency_key")]
             )
         body = await bodies.read(request, LARGEST_BATCH)
+        if body.count(b"{") + body.count(b"[") > MOST_CONTAINERS:
+            raise Problem(413, f"at most {MOST_CONTAINERS} objects and lists are taken at once")
         values, prefix = BATCHES[media_type](body)
         if len(values) > MOST_IN_BATCH:
             raise invalid([("#", f"holds more events than the {MOST_IN_BATCH} that are taken at once")])
