@@ -30,6 +30,8 @@ FAULT = re.compile(r'"event":"(request_failed|attempt_broke|failed)"|"trace":|Tr
 # Everything else is a failure: no 5xx but these, which say what the relay does not do, or that it is full.
 CLEAN = {200, 201, 202, 400, 401, 403, 404, 405, 408, 409, 413, 415, 417, 421, 422, 501, 503}
 PATIENCE_SECONDS = 10.0
+BRIEF_SECONDS = 0.3
+PADDING = b"\r\n\r\n" + b" " * 16_384
 FRAME = re.compile(rb"HTTP/1\.[01] (\d{3}) [^\r\n]*\r\n((?:[!-9;-~]+: [^\r\n\0]*\r\n)*)\r\n")
 
 
@@ -111,7 +113,8 @@ class Wire:
         try:
             answered = self._ask(request)
         except OSError as error:
-            answered = None if isinstance(error, ConnectionError) else f"{type(error).__name__} {error}"
+            silent = isinstance(error, ConnectionError) or not request.whole
+            answered = None if silent else f"{type(error).__name__} {error}"
         if not request.whole or not isinstance(answered, int):
             self.close()
         if answered is None and reused:  # closed since the last request: that one tells nothing
@@ -127,7 +130,9 @@ class Wire:
         assert self._stream is not None
         self._stream.sendall(request.data)
         if not request.whole:
-            self._stream.shutdown(socket.SHUT_WR)  # else both would wait
+            # What was changed may announce more than there is: here is more, and then patience is short.
+            self._stream.sendall(PADDING)
+            self._stream.settimeout(BRIEF_SECONDS)
         text = b""
         while not (frame := FRAME.match(text)):
             piece = self._stream.recv(1 << 16)
@@ -320,7 +325,7 @@ def heads(chance: random.Random) -> Request:
     fields.append(f"Content-Length: {len(body)}")
     if method == "HEAD":  # whose answers have a length and no body
         method = "GET"
-    return Request(framed(f"{method} {path}{tail}", fields, body, host=host), whole=False)
+    return Request(framed(f"{method} {path}{tail}", fields, body, host=host), whole=True)
 
 
 def changed(chance: random.Random) -> Request:
