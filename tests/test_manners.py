@@ -516,6 +516,40 @@ async def test_nothing_is_dead_or_stuck_by_a_jump_over_restarts(world, jump, bac
         assert await world.states() == {"delivered": 7}
 
 
+async def test_what_nobody_attempts_after_a_jump_is_not_dead_at_the_next_start(world_of):
+    """Nothing but the jump itself changes how the endpoint stands, so the jump has to be written."""
+    world = world_of(endpoint(retry_schedule=(60 * DAY,), max_age_seconds=DAY), endpoint("other"))
+    world.rules["main"] = until(HOUR)
+    async with world.running(watching=True):
+        await world.accept("a", to=("main",))
+        await world.pass_(seconds=400)
+        world.clock.set(seconds=30 * DAY)
+        await world.pass_(seconds=310)
+        await world.accept("x", to=("other",))
+        await world.settle()
+    async with world.running(watching=True):
+        await world.settle()
+        assert await world.states() == {"pending": 1}
+        await world.pass_(seconds=DAY)
+        assert await world.states() == {"dead": 1}, "its age counts from then on"
+
+
+@pytest.mark.parametrize("off", ["the relay was off", "the clock was set meanwhile"])
+async def test_what_waited_while_the_relay_was_off_for_a_month_is_not_dead_but_sent(world, off):
+    world.rules["main"] = until(HOUR)
+    async with world.running():
+        await world.accept("a")
+        await world.pass_(seconds=400)
+    if off == "the relay was off":
+        world.clock.advance(round(30 * DAY * 1000))
+    else:
+        world.clock.set(seconds=30 * DAY)
+        world.rules["main"] = always(OK)
+    async with world.running():
+        await world.settle()
+        assert await world.states() == {"delivered": 1}
+
+
 async def test_a_machine_that_starts_in_1970_neither_kills_nor_floods(world_of):
     """It has no battery for its clock; a minute later it is told the time."""
     world = world_of(endpoint(concurrency=2))
@@ -588,7 +622,7 @@ async def test_a_replay_at_a_rate_keeps_its_distances_when_the_clock_jumps(world
 @pytest.mark.parametrize("jump", [10 * YEAR])
 async def test_events_of_one_key_accepted_under_a_wrong_clock_are_not_stuck(world_of, jump):
     world = world_of(endpoint(order="key"))
-    world.rules["main"] = until(60.0)
+    world.rules["main"] = until(400.0)
     async with world.running(watching=True):
         world.clock.set(seconds=jump)
         await world.pass_(seconds=310)
