@@ -18,6 +18,7 @@ import pytest
 import relay
 from relay.cli import COMMANDS
 from relay.config import load
+from tests.durability.checker import FAULTS
 from tests.process import free_port, relay_process
 from tests.receiver import Receiver
 
@@ -177,3 +178,14 @@ def test_the_core_dependencies_are_the_four():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {re.match(r"[a-z-]+", each)[0] for each in project["dependencies"]}
     assert names == {"aiohttp", "aiosqlite", "orjson", "prometheus-client"}
+
+
+def test_every_guarantee_names_tests_that_are_there_and_what_the_checker_looks_for():
+    guarantees = README.partition("\n## Guarantees")[2].partition("\n## ")[0]
+    written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", guarantees))
+    assert named
+    assert {name for name in named if f"def {name}(" not in written} == set()
+    rows = [row.rpartition(" | ")[2] for row in guarantees.splitlines() if row.startswith("| ")]
+    looked_for = {re.sub(r"\W", "_", name) for row in rows for name in re.findall(r'"([^"]+)"', row)}
+    assert looked_for == set(FAULTS) - {"undetected"}

@@ -16,6 +16,7 @@ from tests.durability.plan import STEADY, Endpoint
 from tests.durability.shim import SLOW_SYNC_MS
 from tests.durability.world import World, posting
 from tests.durability.zygote import Zygote
+from tests.figures import figure
 from tests.test_durability import needs_compiler
 
 # Half of it is answered soon, half not before anyone stops waiting.
@@ -37,7 +38,7 @@ async def in_flight(world: World) -> None:
     await world.ledger.wait_for(IN_FLIGHT)
 
 
-async def test_a_stop_lets_attempts_end_and_gives_back_the_rest(tmp_path, zygote, capsys):
+async def test_a_stop_lets_attempts_end_and_gives_back_the_rest(tmp_path, zygote):
     """What hangs longer than the grace is pending again, unspent; what was answered stays delivered."""
     async with World(tmp_path / "w", zygote, endpoints=[HALF], grace_seconds=1.0) as world:
         await in_flight(world)
@@ -60,8 +61,7 @@ async def test_a_stop_lets_attempts_end_and_gives_back_the_rest(tmp_path, zygote
     assert report.figures["duplicates"] > 0, "what hung was cut off and came again"
     attempts = [len(delivery["attempts"]) for story in stories for delivery in story["deliveries"]]
     assert attempts == [1] * IN_FLIGHT, "what was cut off cost no attempt"
-    with capsys.disabled():
-        print(f"\nSIGTERM with {IN_FLIGHT} attempts in flight, grace 1 s: exit 0 after {took:.2f} s")
+    figure(f"SIGTERM with {IN_FLIGHT} attempts in flight and a grace of 1 s: seconds to the end", took)
 
 
 async def test_a_second_signal_ends_the_grace(tmp_path, zygote):
@@ -79,7 +79,7 @@ async def test_a_second_signal_ends_the_grace(tmp_path, zygote):
     assert not report.broken, str(report)
 
 
-async def test_an_application_that_posts_through_stops_loses_nothing(tmp_path, zygote, capsys):
+async def test_an_application_that_posts_through_stops_loses_nothing(tmp_path, zygote):
     """Posts are refused or cut off while the relay stops; none is acknowledged and forgotten."""
     async with World(tmp_path / "w", zygote, seed=23) as world:
         async with posting(world):
@@ -90,8 +90,7 @@ async def test_an_application_that_posts_through_stops_loses_nothing(tmp_path, z
         report = await world.finish()
     assert not report.broken, str(report)
     assert report.figures["crashes"] == 0
-    with capsys.disabled():
-        print(f"\n6 stops under load: {report.figures['acknowledged']} acknowledged, 0 lost")
+    figure("stops under load: lost / acknowledged", f"0 / {report.figures['acknowledged']} in 6")
 
 
 async def test_a_frozen_relay_goes_on_where_it_was(tmp_path, zygote):
@@ -109,7 +108,7 @@ async def test_a_frozen_relay_goes_on_where_it_was(tmp_path, zygote):
 
 
 @needs_compiler
-async def test_a_disk_that_takes_two_seconds_to_sync_holds_up_nobody_else(tmp_path, zygote, capsys):
+async def test_a_disk_that_takes_two_seconds_to_sync_holds_up_nobody_else(tmp_path, zygote):
     async with World(tmp_path / "w", zygote, endpoints=[STEADY], shimmed=True) as world:
         await world.start()
         await world.driver.post(5)
@@ -128,8 +127,7 @@ async def test_a_disk_that_takes_two_seconds_to_sync_holds_up_nobody_else(tmp_pa
     assert took >= 2, "no 202 before the sync"
     assert slowest < 1
     assert not report.broken, str(report)
-    with capsys.disabled():
-        print(f"\nwhile a sync took 2 s /livez answered within {slowest * 1000:.0f} ms")
+    figure("/livez at its slowest while a sync takes 2 s: ms", slowest * 1000)
 
 
 READER = """
@@ -154,7 +152,7 @@ def reading(outbox: Path) -> Iterator[None]:
 
 
 @needs_compiler
-async def test_another_program_on_the_live_outbox_takes_nothing_away(tmp_path, zygote, capsys):
+async def test_another_program_on_the_live_outbox_takes_nothing_away(tmp_path, zygote):
     """Had the relay ever opened its file by itself, the reader's close would remove the live log."""
     async with World(tmp_path / "w", zygote, seed=31, shimmed=True) as world:
         await world.start()
@@ -179,5 +177,4 @@ async def test_another_program_on_the_live_outbox_takes_nothing_away(tmp_path, z
         pytest.skip("this Python has SQLite built in, so who opens a file cannot be told apart")
     first = next(index for index, call in enumerate(calls) if "sqlite" in call.caller)
     assert all("sqlite" in call.caller for call in calls[first:]), "opened only by SQLite from then on"
-    with capsys.disabled():
-        print(f"\n60 reads by another program: {report.figures['acknowledged']} acknowledged, 0 lost")
+    figure("60 reads by another program: lost / acknowledged", f"0 / {report.figures['acknowledged']}")

@@ -26,7 +26,7 @@ FOUND = {
     "breaks_the_order": ("calm", "inversions"),
     "forgets_what_a_key_was_for": ("calm", "conflicts_taken"),
 }
-AT_ONCE = 3
+AT_ONCE = 4
 
 
 async def hunt(zygote: Zygote, folder: Path) -> list[str]:
@@ -35,7 +35,7 @@ async def hunt(zygote: Zygote, folder: Path) -> list[str]:
     turns = asyncio.Semaphore(AT_ONCE)
 
     async def run(name: str | None, how: str, expected: str | None) -> None:
-        events = 1050 if name == "drops_one_in_a_thousand" else 250
+        events = 1050 if name == "drops_one_in_a_thousand" else 160
         async with turns:
             report = await runs.planted(folder, zygote, name, how, events=events)
         if expected is None and report.broken:
