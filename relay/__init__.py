@@ -30,7 +30,10 @@ Around that:
     serve.py      builds and joins all of these; starts downwards, stops upwards
     config/       a TOML file in, frozen objects out
     endpoints.py  the endpoints there are, and how those of the API change
+    reload.py     reads the config again while everything goes on
+    alike.py      tells whether two readings of an endpoint are the same
     rehearsal.py  a sample sent now and kept nowhere: the test event
+    systemd.py    tells the service manager how the relay stands
     clock.py      what time it is, and waiting for a time
     logs.py       the relay's own log
     model.py      the words: event, endpoint, delivery, attempt, outcome, verdict

@@ -2,7 +2,7 @@
 
 Changes come in as plain settings (contract section 4), are read by the rules of the config, kept in the
 outbox, and only then take effect: for what is accepted from now on, and for every attempt from the next.
-One change at a time; what it would break is said before anything is written.
+One change at a time; what it would break is said before anything is written. A new config is one change too.
 """
 
 import asyncio
@@ -11,11 +11,11 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import orjson
 
 from relay import egress
+from relay.alike import alike, compared
 from relay.clock import Clock
 from relay.config import DeliverySettings, SettingsError, read_api_endpoint
 from relay.health import set_right, was_at_rest
@@ -52,6 +52,19 @@ class Registered:
     overlap_until_ms: int | None = None  # when the older secret stops signing
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What a new config changed, by the endpoints' ids."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    cancelled: Mapping[str, int]  # how many deliveries of those removed or set aside
+    aside: tuple[
+        str, ...
+    ]  # of the API, newly set aside because the config has their id or URL or forbids them
+
+
 class Lanes(Protocol):
     """Who brings deliveries to the endpoints."""
 
@@ -76,7 +89,8 @@ class Endpoints:
         clock: Clock,
         change: Callable[[Subscriptions], None],
     ) -> None:
-        self._registered = {each.id: Registered(endpoint=each) for each in configured}
+        self._registered: dict[str, Registered] = {}
+        self._configured = configured
         self._defaults = defaults
         self._policy = policy
         self._outbox = outbox
@@ -91,23 +105,14 @@ class Endpoints:
         """Take up what the outbox keeps, and start delivering.
 
         Returns how many deliveries were cancelled of endpoints that are no longer there, and the ids of
-        endpoints of the API that are set aside because the config has their id or can no longer allow them.
+        endpoints of the API that are set aside because the config has their id or URL or can no longer allow
+        them.
         """
         now_ms = self._clock.now_ms()
         at_rest = was_at_rest(await self._outbox.last_seen(), now_ms)
-        healths: dict[str, Health] = {}
-        for kept in await self._outbox.endpoints():
-            healths[kept.id] = kept.health
-            configured = self._registered.get(kept.id)
-            if configured is not None:
-                self._registered[kept.id] = replace(configured, paused=kept.paused)
-                if kept.settings is not None:
-                    self._aside[kept.id] = kept.settings
-            elif kept.settings is not None:
-                try:
-                    self._registered[kept.id] = self._read(orjson.loads(kept.settings), paused=kept.paused)
-                except SettingsError:
-                    self._aside[kept.id] = kept.settings
+        kept = await self._outbox.endpoints()
+        healths = {each.id: each.health for each in kept}
+        self._registered, self._aside = self._joined(kept)
         cancelled = await self._outbox.register(list(self._registered))
         for each in self._registered.values():
             health = healths.get(each.endpoint.id, UNKNOWN) if each.endpoint.id not in cancelled else UNKNOWN
@@ -117,6 +122,84 @@ class Endpoints:
             await self._lanes.keep(each.endpoint, paused=each.paused, health=health)
         self._change(self._subscriptions())
         return cancelled, list(self._aside)
+
+    async def reload(
+        self, *, configured: Sequence[Endpoint], defaults: DeliverySettings, policy: egress.Policy
+    ) -> Changes:
+        """Go on with another config; endpoints that are the same in it notice nothing.
+
+        Raises FullError, and then nothing has changed.
+        """
+        async with self._one_at_a_time:
+            before, aside_before = self._registered, self._aside
+            rules = self._configured, self._defaults, self._policy
+            self._configured, self._defaults, self._policy = configured, defaults, policy
+            kept = await self._outbox.endpoints()
+            registered, aside = self._joined(kept)
+            if policy == rules[2]:  # else every endpoint is to be judged anew
+                registered = {id_: unless_same(each, before.get(id_)) for id_, each in registered.items()}
+            added = [each for id_, each in registered.items() if id_ not in before]
+            try:
+                for each in added:
+                    await self._outbox.keep_endpoint(kept_of(each, aside))
+            except FullError:
+                self._configured, self._defaults, self._policy = rules
+                raise
+            self._registered, self._aside = registered, aside
+            healths = {each.id: each.health for each in kept}
+            for id_, each in registered.items():
+                if each is not before.get(id_):
+                    await self._lanes.keep(
+                        each.endpoint, paused=each.paused, health=healths.get(id_, UNKNOWN)
+                    )
+            self._change(self._subscriptions())
+            self._changed.set()
+            removed = [id_ for id_ in before if id_ not in registered]
+            cancelled = {id_: await self._let_go(id_, before[id_].paused) for id_ in removed}
+            return Changes(
+                added=tuple(each.endpoint.id for each in added),
+                changed=tuple(
+                    id_ for id_, each in registered.items() if id_ in before and not same(each, before[id_])
+                ),
+                removed=tuple(removed),
+                cancelled={id_: count for id_, count in cancelled.items() if count},
+                aside=tuple(id_ for id_ in aside if id_ not in aside_before),
+            )
+
+    async def _let_go(self, id_: str, paused: bool) -> int:  # noqa: FBT001
+        """Bring no more to an endpoint that the config has no more, or that is set aside."""
+        await self._lanes.drop(id_)
+        try:
+            return await self._outbox.drop_endpoint(
+                id_, KeptEndpoint(id=id_, settings=self._aside.get(id_), paused=paused)
+            )
+        except FullError:  # what waits for it stays until the next start cancels it
+            return 0
+
+    def _joined(self, kept: Sequence[KeptEndpoint]) -> tuple[dict[str, Registered], dict[str, bytes]]:
+        """Join the config's endpoints with those the outbox keeps; the settings of those it sets aside."""
+        registered = {each.id: Registered(endpoint=each) for each in self._configured}
+        urls = {compared(each.url) for each in self._configured}
+        aside: dict[str, bytes] = {}
+        for each in kept:
+            configured = registered.get(each.id)
+            if configured is not None:
+                registered[each.id] = replace(configured, paused=each.paused)
+            if each.settings is None:
+                continue
+            own = None if configured is not None else self._readable(each)
+            if own is None or compared(own.endpoint.url) in urls:
+                aside[each.id] = each.settings
+            else:
+                registered[each.id] = own
+        return registered, aside
+
+    def _readable(self, kept: KeptEndpoint) -> Registered | None:
+        """Read an endpoint of the API; None when the config can no longer allow it."""
+        try:
+            return self._read(orjson.loads(kept.settings or b""), paused=kept.paused)
+        except SettingsError:
+            return None
 
     def all(self) -> list[Registered]:
         """Return every endpoint, those of the config first."""
@@ -246,12 +329,8 @@ class Endpoints:
         return await self._take_effect(self._read(settings, paused=paused))
 
     async def _take_effect(self, registered: Registered) -> Registered:
-        endpoint, settings = registered.endpoint, registered.settings
-        # What the config has put aside comes back when the config lets go of it.
-        kept = orjson.dumps(settings) if settings is not None else self._aside.get(endpoint.id)
-        await self._outbox.keep_endpoint(
-            KeptEndpoint(id=endpoint.id, settings=kept, paused=registered.paused)
-        )
+        endpoint = registered.endpoint
+        await self._outbox.keep_endpoint(kept_of(registered, self._aside))
         await self._lanes.keep(endpoint, paused=registered.paused)
         self._registered[endpoint.id] = registered
         self._change(self._subscriptions())
@@ -294,21 +373,25 @@ class Endpoints:
         return Subscriptions(each.endpoint for each in self._registered.values())
 
 
+def kept_of(registered: Registered, aside: Mapping[str, bytes]) -> KeptEndpoint:
+    """Return what is kept of an endpoint; what the config has put aside comes back when it lets go of it."""
+    id_, settings = registered.endpoint.id, registered.settings
+    kept = orjson.dumps(settings) if settings is not None else aside.get(id_)
+    return KeptEndpoint(id=id_, settings=kept, paused=registered.paused)
+
+
+def unless_same(registered: Registered, before: Registered | None) -> Registered:
+    """Return an endpoint as it was read before, if nothing about it has changed."""
+    return before if before is not None and same(registered, before) else registered
+
+
+def same(one: Registered, other: Registered) -> bool:
+    """Tell whether two readings of an endpoint are the same in everything, its secrets included."""
+    return replace(one, endpoint=other.endpoint) == other and alike(one.endpoint, other.endpoint)
+
+
 def refuse_internal(values: Settings) -> None:
     """Refuse what is kept with the settings and is nobody's to set. Raises SettingsError."""
     problems = [(f"#/{name}", "unknown key") for name in ("secrets", "overlap_until_ms") if name in values]
     if problems:
         raise SettingsError(tuple(problems))
-
-
-def compared(url: str) -> str:
-    """Write a URL as URLs are compared: scheme and host lower-cased, `:443` dropped (contract section 4)."""
-    try:
-        parts = urlsplit(url)
-        port = f":{parts.port}" if parts.port not in {None, 443} else ""
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    except ValueError:
-        return url
-    return parts._replace(
-        scheme=parts.scheme.lower(), netloc=f"{host}{port}", path=parts.path or "/"
-    ).geturl()

@@ -103,6 +103,10 @@ class Ingest:
         """Match what is submitted from now on against these."""
         self.subscriptions = subscriptions
 
+    def learn(self, catalogue: Catalogue) -> None:
+        """Hold what is submitted from now on against these types."""
+        self._catalogue = catalogue
+
     async def submit(self, drafts: Sequence[Draft]) -> list[Receipt]:
         """Keep all drafts or none. Raises InvalidError, and what `Outbox.accept` raises."""
         submissions: list[Submission] = []

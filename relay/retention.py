@@ -4,6 +4,7 @@ An event that is still owed to anyone is never forgotten, however old it is.
 """
 
 import asyncio
+from collections.abc import Callable
 
 from relay.clock import Clock
 from relay.outbox import FullError, Outbox
@@ -12,11 +13,11 @@ STEP_EVENTS = 100  # in one transaction: a few milliseconds
 PAUSE_MS = 60_000  # between looks when nothing more is old enough
 
 
-async def forget(outbox: Outbox, clock: Clock, retention_seconds: float) -> None:
+async def forget(outbox: Outbox, clock: Clock, retention_seconds: Callable[[], float]) -> None:
     """Keep forgetting what was accepted longer than this ago and is over; until cancelled."""
     never = asyncio.Event()
     while True:
-        before_ms = clock.now_ms() - round(retention_seconds * 1000)
+        before_ms = clock.now_ms() - round(retention_seconds() * 1000)
         try:
             more = await outbox.forget(before_ms, STEP_EVENTS)
         except FullError:

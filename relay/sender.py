@@ -98,7 +98,7 @@ class Sender:
         ssl_context: ssl.SSLContext,
     ) -> None:
         self.own_addresses = own_addresses
-        self._policy = policy
+        self.policy = policy
         self._user_agent = f"relay/{version}"
         self._names = names
         self._ssl_context = ssl_context
@@ -154,7 +154,7 @@ class Sender:
 
         No connection from before is used again; attempts under way on one go on to their end.
         """
-        self._policy = policy
+        self.policy = policy
         self._prepared = {id_: each for id_, each in self._prepared.items() if id_ in endpoints}
         for way in list(self._connections):
             await self._retire(way)
@@ -165,7 +165,7 @@ class Sender:
 
     async def _prepare(self, endpoint: Endpoint) -> _Prepared:
         """Do once what would be the same in every attempt. Raises RefusedError, TlsFilesError."""
-        problem = egress.check_url(endpoint.url, self._policy)
+        problem = egress.check_url(endpoint.url, self.policy)
         if problem is not None:
             raise RefusedError(f"the URL {problem}")
         url = URL(endpoint.url, encoded=True)  # exactly as it was given
@@ -192,7 +192,7 @@ class Sender:
 
     def _way(self, endpoint: Endpoint, *, plain: bool) -> Way:
         return Way(
-            allow=self._policy.opened_to(endpoint.source, plain=plain),
+            allow=self.policy.opened_to(endpoint.source, plain=plain),
             plain=plain,
             tls=endpoint.tls,
             proxy=endpoint.proxy

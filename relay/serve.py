@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from aiohttp import web
 from relay import __version__, logs
 from relay.api import make_app, make_ops_app
 from relay.api.connections import Connections
-from relay.api.guard import LOOPBACK_HOSTS
+from relay.api.guard import Access
 from relay.api.state import State
 from relay.catalogue import Catalogue
 from relay.clock import Clock, SystemClock, watch
@@ -39,9 +39,11 @@ from relay.outbox import (
     OutboxError,
     open_outbox,
 )
+from relay.reload import Reloader, hosts_of, tell_changes
 from relay.retention import forget
 from relay.sender import Sender, open_sender
 from relay.subscription import Subscriptions
+from relay.systemd import ServiceManager
 
 log = logging.getLogger("relay")
 
@@ -67,6 +69,7 @@ class ListenError(Exception):
 def run(config: Config, path: Path) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code of contract section 9."""
     logs.configure(config.logging.level, config.logging.format)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     os.umask(0o077)  # whatever the relay writes is the relay's alone
     resource.setrlimit(
         resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1])
@@ -92,7 +95,10 @@ async def serve(config: Config, path: Path) -> None:
         open_sender(policy=config.egress.policy, version=__version__) as sender,
     ):
         state, lanes = await join(config, outbox, sender, clock)
-        await work(config, path, state, lanes, stop)
+        access = Access(hosts_of(config.server), config.server.tokens)
+        manager = ServiceManager(os.environ, clock)
+        state.reload = reloader = Reloader(path, config, state, access, manager)
+        await work(reloader, lanes, stop)
     log.info("stopped")
 
 
@@ -134,21 +140,28 @@ async def join(config: Config, outbox: Outbox, sender: Sender, clock: Clock) -> 
     return state, lanes
 
 
-async def work(config: Config, path: Path, state: State, lanes: Lanes, stop: "Stop") -> None:
+async def work(reloader: Reloader, lanes: Lanes, stop: "Stop") -> None:
     """Take, keep and deliver until told to stop."""
+    state, manager = reloader.state, reloader.manager
     async with asyncio.TaskGroup() as tasks:
         chores = [
-            tasks.create_task(forget(state.outbox, state.clock, config.outbox.retention_seconds)),
+            tasks.create_task(
+                forget(state.outbox, state.clock, lambda: reloader.config.outbox.retention_seconds)
+            ),
+            tasks.create_task(reloader.at_hangups()),
+            tasks.create_task(manager.watched()),
             tasks.create_task(state.endpoints.end_overlaps()),
             tasks.create_task(watch(state.clock, partial(clock_was_set, lanes))),
         ]
-        async with listening(config.server, state) as addresses:
+        async with listening(reloader.config.server, state, reloader.access) as addresses:
             # No delivery may ever come back to us, so none goes out before our addresses are known.
             state.sender.own_addresses = addresses
             tasks.create_task(lanes.run())
-            log.info("started", extra={"config": str(path), "version": __version__})
+            log.info("started", extra={"config": str(reloader.path), "version": __version__})
+            manager.ready()
             await stop.asked.wait()
-            await wind_down(config.server, state, lanes, stop)
+            manager.stopping()
+            await wind_down(reloader.config.server, state, lanes, stop)
         for chore in chores:
             chore.cancel()
 
@@ -156,14 +169,6 @@ async def work(config: Config, path: Path, state: State, lanes: Lanes, stop: "St
 def clock_was_set(lanes: Lanes, by_ms: int) -> None:
     log.warning("clock_was_set", extra={"seconds": by_ms / 1000})
     lanes.set_right()
-
-
-def tell_changes(cancelled: Mapping[str, int], aside: Sequence[str]) -> None:
-    """Say what became of endpoints that are no longer as they were at the last stop."""
-    for endpoint, count in cancelled.items():
-        log.warning("deliveries_cancelled", extra={"endpoint": endpoint, "deliveries": count})
-    for endpoint in aside:
-        log.warning("endpoint_set_aside", extra={"endpoint": endpoint})
 
 
 async def wind_down(server: Server, state: State, lanes: Lanes, stop: "Stop") -> None:
@@ -209,10 +214,11 @@ class Stop:
 
 
 @asynccontextmanager
-async def listening(server: Server, state: State) -> AsyncIterator[frozenset[tuple[str, int]]]:
+async def listening(
+    server: Server, state: State, access: Access
+) -> AsyncIterator[frozenset[tuple[str, int]]]:
     """Take requests at the configured address; yields the addresses that deliveries may never go to."""
-    hosts = LOOPBACK_HOSTS | {host.lower() for host in (*server.allowed_hosts, server.listen.host or "")}
-    app = make_app(state, hosts=None if server.listen.path else hosts, tokens=server.tokens)
+    app = make_app(state, access)
     async with AsyncExitStack() as runners:
         most = min(MOST_CONNECTIONS, attempts_at_once())
         taken = [await runners.enter_async_context(site(app, server.listen, most))]

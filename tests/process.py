@@ -27,11 +27,7 @@ class RelayProcess:
         self.folder = folder
         self.port = free_port()
         self.config = folder / "relay.toml"
-        self.config.write_text(
-            f'[server]\nlisten = "127.0.0.1:{self.port}"\n'
-            f'[outbox]\npath = "{folder / "relay.db"}"\n'
-            f'[egress]\nallow_private = ["127.0.0.0/8", "::1/128"]\n{config}'
-        )
+        self.configure(config)
         self.environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {})
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -42,6 +38,14 @@ class RelayProcess:
     @property
     def log(self) -> str:
         return (self.folder / "relay.log").read_text()
+
+    def configure(self, config: str, server: str = "") -> None:
+        """Write the config anew; `server` goes into its first table."""
+        self.config.write_text(
+            f'[server]\nlisten = "127.0.0.1:{self.port}"\n{server}\n'
+            f'[outbox]\npath = "{self.folder / "relay.db"}"\n'
+            f'[egress]\nallow_private = ["127.0.0.0/8", "::1/128"]\n{config}'
+        )
 
     def start(self) -> None:
         with (self.folder / "relay.log").open("ab") as log:

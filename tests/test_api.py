@@ -11,7 +11,7 @@ import pytest
 from multidict import CIMultiDict
 
 from relay.api import bodies, make_app
-from relay.api.guard import LOOPBACK_HOSTS
+from relay.api.guard import LOOPBACK_HOSTS, Access
 from relay.api.state import State
 from relay.catalogue import Catalogue
 from relay.config import Address
@@ -74,7 +74,7 @@ async def open_api(outbox, tokens=(), most=100) -> AsyncIterator[Api]:
         wake=woken.extend,
         max_event_size=1000,
     )
-    app = make_app(state, hosts=LOOPBACK_HOSTS, tokens=tokens)
+    app = make_app(state, Access(LOOPBACK_HOSTS, tokens))
     address = Address(host="127.0.0.1", port=0)
     async with site(app, address, most) as (_, port), aiohttp.ClientSession() as client:
         yield Api(url=f"http://127.0.0.1:{port}", state=state, client=client, woken=woken)

@@ -1,24 +1,18 @@
 """The API on localhost: HTTP in, HTTP out, no rules. One file per resource; here they become one app."""
 
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
-
 from aiohttp import web
 
 from relay.api.bodies import wait_until_read
 from relay.api.events import LARGEST_BATCH, Events
-from relay.api.guard import guard
+from relay.api.guard import Access, guard
 from relay.api.operations import Operations
 from relay.api.state import State
 from relay.api.webhooks import Webhooks
-from relay.model import Secret
 
 
-def make_app(
-    state: State, *, hosts: AbstractSet[str] | None, tokens: Sequence[Secret] = ()
-) -> web.Application:
-    """Join guard and handlers; `hosts` None means a unix socket, which no browser can reach."""
-    app = web.Application(middlewares=[guard(hosts=hosts, tokens=tokens)], client_max_size=LARGEST_BATCH)
+def make_app(state: State, access: Access) -> web.Application:
+    """Join guard and handlers."""
+    app = web.Application(middlewares=[guard(access)], client_max_size=LARGEST_BATCH)
     routes = Events(state).routes() + Webhooks(state).routes() + Operations(state).routes()
     options = {"expect_handler": wait_until_read}
     app.add_routes(

@@ -27,16 +27,25 @@ HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^\[\]:@\s]+)(?::[0-9]*)?")
 CLOSE = {"Connection": "close"}
 
 
-def guard(*, hosts: AbstractSet[str] | None, tokens: Sequence[Secret]) -> Middleware:
-    """Return the middleware; `hosts` None means that the listener is a unix socket, which has none."""
-    keys = [token.reveal().encode() for token in tokens]
+class Access:
+    """Whom the guard lets in; a new config changes it."""
 
+    def __init__(self, hosts: AbstractSet[str] | None, tokens: Sequence[Secret] = ()) -> None:
+        self.change(hosts, tokens)
+
+    def change(self, hosts: AbstractSet[str] | None, tokens: Sequence[Secret]) -> None:
+        """Let these in from now on; `hosts` None means that the listener is a unix socket, which has none."""
+        self.hosts = hosts
+        self.keys = [token.reveal().encode() for token in tokens]
+
+
+def guard(access: Access) -> Middleware:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            refuse_unfit(request, hosts)
-            if keys and belongs_to_service(request):
-                refuse_unknown(request, keys)
+            refuse_unfit(request, access.hosts)
+            if access.keys and belongs_to_service(request):
+                refuse_unknown(request, access.keys)
             return await handler(request)
         except Problem as problem:
             return problem.response()

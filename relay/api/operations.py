@@ -1,4 +1,4 @@
-"""What machines ask: whether the process answers and can keep events, how the API looks, and for a backup."""
+"""What machines ask: does the process answer, can it keep events, how the API looks; a backup, a reload."""
 
 import asyncio
 import os
@@ -9,10 +9,11 @@ from pathlib import Path
 
 from aiohttp import web
 
-from relay.api.answers import unavailable
+from relay.api.answers import answer, invalid, unavailable
 from relay.api.connections import ALWAYS
 from relay.api.problems import Problem
 from relay.api.state import State
+from relay.config import ConfigError
 from relay.outbox import StoppingError
 
 BACKUP_CHUNK = 256 << 10
@@ -31,6 +32,7 @@ class Operations:
             *self.health(),
             web.get("/openapi.json", self.describe),
             web.get("/v1/backup", self.backup, allow_head=False),
+            web.post("/v1/reload", self.reload),
         ]
 
     def health(self) -> list[web.RouteDef]:
@@ -50,6 +52,26 @@ class Operations:
     async def describe(self, _request: web.Request) -> web.Response:
         """Answer with the OpenAPI document, which is written by hand beside this file."""
         return web.Response(body=self._description, content_type="application/json")
+
+    async def reload(self, _request: web.Request) -> web.Response:
+        """Read the config again, and answer with what that changed; one with mistakes changes nothing."""
+        try:
+            reloaded = await self._state.reload()
+        except ConfigError as error:
+            raise invalid([("#", problem) for problem in error.problems]) from None
+        except StoppingError as error:
+            raise unavailable(str(error)) from None
+        changes = reloaded.changes
+        return answer(
+            {
+                "added": changes.added,
+                "changed": changes.changed,
+                "removed": changes.removed,
+                "cancelled": sum(changes.cancelled.values()),
+                "set_aside": changes.aside,
+                "needs_restart": reloaded.needs_restart,
+            }
+        )
 
     async def backup(self, request: web.Request) -> web.StreamResponse:
         """Answer with a consistent copy of the outbox, secrets of the API's endpoints included."""

@@ -1,19 +1,30 @@
 """What the handlers share: the objects behind the API and how the relay stands."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
 
 from relay.catalogue import Catalogue
 from relay.clock import Clock
-from relay.endpoints import Endpoints
+from relay.endpoints import Changes, Endpoints
 from relay.ingest import Ingest
 from relay.outbox import Outbox
 from relay.sender import Sender
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reloaded:
+    """What a reload changed, and the keys whose new values wait for a restart."""
+
+    changes: Changes
+    needs_restart: tuple[str, ...]
+
+
 @dataclass(slots=True, kw_only=True)
 class State:
-    """`refusing` says in a sentence why no event is taken, `unready` why the relay is not ready."""
+    """`refusing` says in a sentence why no event is taken, `unready` why the relay is not ready.
+
+    `reload` reads the config again (`relay.reload`); it is put here when all else is joined.
+    """
 
     outbox: Outbox
     ingest: Ingest
@@ -25,3 +36,4 @@ class State:
     max_event_size: int
     refusing: str | None = None
     unready: str | None = None
+    reload: Callable[[], Awaitable[Reloaded]] = field(init=False)

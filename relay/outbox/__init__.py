@@ -195,9 +195,10 @@ class Outbox(Protocol):
         """Keep how an endpoint stands, apart from any attempt."""
         ...
 
-    async def drop_endpoint(self, endpoint: str) -> int:
+    async def drop_endpoint(self, endpoint: str, aside: KeptEndpoint | None = None) -> int:
         """Cancel what waits for an endpoint and forget its settings; return how much was cancelled.
 
+        What is put `aside` is kept of it, for its return.
         Nothing is accepted for it any more, also not what was submitted a moment before.
         """
         ...

@@ -94,13 +94,14 @@ class SqliteOutbox:
         self._committer.numbers = self._committer.numbers | {endpoint.id: number}
         self._waiting.setdefault(endpoint.id, Waiting(number))
 
-    async def drop_endpoint(self, endpoint: str) -> int:
+    async def drop_endpoint(self, endpoint: str, aside: KeptEndpoint | None = None) -> int:
+        settings, paused = (aside.settings, aside.paused) if aside is not None else (None, False)
         number = self._committer.numbers[endpoint]
         self._committer.numbers = {
             id_: each for id_, each in self._committer.numbers.items() if id_ != endpoint
         }
         try:
-            await self._change(lambda db: statements.keep_endpoint(db, endpoint, None, False))  # noqa: FBT003
+            await self._change(lambda db: statements.keep_endpoint(db, endpoint, settings, paused))
         except FullError:
             self._committer.numbers = self._committer.numbers | {endpoint: number}
             raise
