@@ -141,6 +141,14 @@ async def test_many_expire_in_steps_and_the_oldest_of_all_steps_is_told(outbox):
     assert (await outbox.expire("main", NOW + 19, 0, NOW + 6_000)).oldest_ms == NOW + 20
 
 
+async def test_one_look_is_enough_while_the_first_is_young(outbox):
+    """What was accepted later is younger still: a backlog of millions is not walked over for nothing."""
+    for start in (0, 600):
+        await outbox.accept([submission(f"{start + number}") for number in range(600)])
+    patience = await outbox.expire("main", NOW - 1, 0, NOW)
+    assert (patience.more, patience.oldest_ms) == (False, NOW)
+
+
 async def test_what_just_expired_is_not_handed_out(outbox):
     """It may still be in memory from its acceptance."""
     await outbox.accept([submission("a")])

@@ -195,7 +195,7 @@ HOT = {
         db, 1, 0, before_ms=NOW, age_from_ms=0, now_ms=NOW + 9, in_flight=lambda handle: False
     ),
     "advance": lambda db: patience.advance(db, 1, now_ms=NOW, latest_ms=NOW + 9),
-    "accept in order": lambda db: order.Heads(db).holds_back(1, "k"),
+    "accept in order": lambda db: [order.Heads(db).holds_back(1, key) for key in "kz"],
     "record in order": lambda db: order.pass_on(db, (1, 1), "k", NOW),
     "replay in order": lambda db: (
         statements.update_deliveries(db, [(n, 1, 2, None, 1, 0, None, None, None, None) for n in (1, 2)]),
@@ -288,7 +288,9 @@ def steps_of(db: sqlite3.Connection, verb: str) -> int:
     return counted
 
 
-ON_ONE_KEY = ["claim", "probe", "expire", "advance", "accept in order", "record in order", "replay in order"]
+ON_ONE_KEY = [
+    "claim", "probe", "expire", "advance", "accept in order", "record in order", "replay in order",
+]  # fmt: skip
 
 
 async def test_with_300_000_pending_of_one_key_every_verb_visits_as_many_rows_as_with_a_few(tmp_path, capsys):

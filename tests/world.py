@@ -136,7 +136,8 @@ class World:
         self.ingest: Ingest
         self._hops = 0
         self._ids = EventIds()
-        self._names: dict[str, str] = {}
+        self.names: dict[str, str] = {}  # of events, by their ids
+        self.keys: dict[str, str] = {}  # for tests that keep them, by name
 
     @asynccontextmanager
     async def running(self, *, watching: bool = False) -> AsyncIterator["World"]:
@@ -217,7 +218,7 @@ class World:
                 id=self._ids.make(now_ms), type="post.published", timestamp=iso(now_ms), data=b'{"n":1}',
                 accepted_at_ms=now_ms, key=key,
             )  # fmt: skip
-            self._names[event.id] = name
+            self.names[event.id] = name
             submissions.append(Submission(event=event, endpoints=owed, digest=formats.digest(event)))
         await self.outbox.accept(submissions)
         self.lanes.wake(each.id for each in wanting)
@@ -242,14 +243,14 @@ class World:
         await self.settle()
 
     async def story(self, name: str, endpoint: str = "main") -> DeliveryStory:
-        (id_,) = [id_ for id_, each in self._names.items() if each == name]
+        (id_,) = [id_ for id_, each in self.names.items() if each == name]
         story = await self.outbox.story(id_)
         assert story is not None
         (delivery,) = [each for each in story.deliveries if each.endpoint == endpoint]
         return delivery
 
     async def states(self, endpoint: str = "main") -> Counter[str]:
-        stories = [await self.outbox.story(id_) for id_ in self._names]
+        stories = [await self.outbox.story(id_) for id_ in self.names]
         return Counter(
             each.state.value
             for story in stories
@@ -259,7 +260,7 @@ class World:
         )
 
     def name(self, message: Message) -> str:
-        return self._names.get(message.id, message.id)
+        return self.names.get(message.id, message.id)
 
     def types(self, endpoint: str) -> list[str]:
         return [each.message.type for each in self.sent if each.endpoint == endpoint]
