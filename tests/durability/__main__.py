@@ -119,7 +119,7 @@ def board(rows: list[Row]) -> str:
             f"{result.trials:,}",
             f"{figures['acknowledged']:,}",
             figures["lost"],
-            f"{3 / result.trials:.2%}",
+            f"{3 / result.trials:.1%}" if result.sampled else "all",
             f"{figures['duplicates']:,}",
             figures["unexplained_duplicates"],
             figures["unexpected"],

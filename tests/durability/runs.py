@@ -39,6 +39,7 @@ class Result:
     trials: int = 0
     report: Report = field(default_factory=Report)
     counts: Counter[str] = field(default_factory=Counter)
+    sampled: bool = True  # else these trials are all there are
 
     def add(self, trials: int, report: Report) -> None:
         self.trials += trials
@@ -183,6 +184,7 @@ async def for_every_call(
     most: int = 1000,
 ) -> None:
     """Run the small scenario with something done at call n, for n = 1, 2, … until there is no such call."""
+    result.sampled = False
     numbers = iter(range(1, most))
     over = asyncio.Event()
 
