@@ -372,7 +372,7 @@ class Run:
             success = next((each for each in mine if each.taken), None)
             if success is not None and success.at < latest:
                 self.report.fault("inversions", f"{key}: {name} was taken before {before}")
-            elif mine[0].at < over:
+            if mine[0].at < over:
                 self.report.fault("overlaps", f"{key}: {name} came before the end of {before}")
             # It is over with its first success, or with the last attempt if it was given up.
             end = success or mine[-1]

@@ -23,7 +23,7 @@ FOUND = {
     "loses_an_attempt_row": ("calm", "unrecorded"),
     "dies_without_a_reason": ("calm", "orphans"),
     "forgets_an_endpoint": ("calm", "wrong_fan_out"),
-    "breaks_the_order": ("calm", "inversions"),
+    "breaks_the_order": ("calm", "overlaps"),
     "forgets_what_a_key_was_for": ("calm", "conflicts_taken"),
 }
 AT_ONCE = 4
