@@ -58,6 +58,12 @@ class Held:
     def opened(self) -> None:
         """Note that SQLite has the file open: until it is closed again, there is a log ahead of the file."""
         with _telling(self.path):
+            # The log's name first: after a power cut the note must not be there without it.
+            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
             os.pwrite(self._lock, f"{os.getpid()}\nopen\n".encode(), 0)
 
     def closing(self) -> None:
