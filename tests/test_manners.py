@@ -1,5 +1,6 @@
 """What a receiver and an operator feel over days of virtual time, under clocks that may jump."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -361,6 +362,19 @@ async def test_resume_lets_a_down_endpoint_go_at_once(world):
         await world.endpoints.pause("main", paused=False)
         await world.settle()
         assert await world.states() == {"delivered": 5}
+
+
+async def test_what_an_attempt_says_while_resume_is_written_is_what_is_kept(world):
+    """Both may be in one commit, and the API and the next start believe what is on disk."""
+    world.rules["main"] = always(refusal(410), 1.0)
+    async with world.running():
+        await world.accept("a")
+        await world.pass_(seconds=0.9)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(world.lanes.resume("main"))
+            world.clock.advance(100)  # the answer is there
+        await world.settle()
+        assert world.lanes._lanes["main"].health.standing == await world.standing() == "gone"
 
 
 # Patience

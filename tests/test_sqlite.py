@@ -251,6 +251,26 @@ async def test_a_claim_visits_as_many_rows_in_a_large_backlog_as_in_a_small_one(
     assert large <= small * 1.2
 
 
+async def test_a_probe_hands_out_nothing_that_was_recorded_between_its_two_looks(path, monkeypatch):
+    """What was in flight at the first look is over at the second, and would be sent once more."""
+    async with open_outbox(path) as outbox:
+        await outbox.register(["main"])
+        await outbox.accept([submission("a")])
+        (held,) = await outbox.claim("main", 1, NOW)
+        run, looks = outbox._run, 0
+
+        async def recorded_before_the_second(function, *arguments):
+            nonlocal looks
+            looks += function is statements.following
+            if looks == 2:
+                await outbox.record(held, attempt(held), DELIVERED)
+            return await run(function, *arguments)
+
+        monkeypatch.setattr(outbox, "_run", recorded_before_the_second)
+        assert await outbox.probe("main") is None
+        assert looks == 2
+
+
 PENDING_OF_ONE_KEY = 300_000
 
 
