@@ -77,6 +77,7 @@ class Lane:
         self._rest_until_ms = 0
         self._expiry_ms = 0  # when to look at what waits too long; in the past: now
         self._ahead_ms = ahead_ms(around.clock)
+        self._skipped_ms = 0  # by a clock set forward, and not yet made up for
         self._clock_was_set = True  # as far as this lane knows, while the relay was off
         self._to_keep = False  # whether how the endpoint stands has yet to be written
         self._drain: asyncio.Timeout | None = None
@@ -346,12 +347,16 @@ class Lane:
         """
         before_ms, self._ahead_ms = self._ahead_ms, ahead_ms(self._clock)
         if abs(self._ahead_ms - before_ms) > JUMP_MS:
+            self._skipped_ms = max(0, self._skipped_ms + self._ahead_ms - before_ms)
             self.set_right()
         if not self._clock_was_set:
             return
         now_ms = self._clock.now_ms()
         longest_seconds = max(self.endpoint.retry_schedule, default=0.0) * (1 + JITTER)
         try:
+            if self._skipped_ms:
+                await self._outbox.postpone(self.endpoint.id, now_ms - self._skipped_ms, now_ms)
+                self._skipped_ms = 0
             await self._outbox.advance(self.endpoint.id, now_ms + round(longest_seconds * 1000), now_ms)
             if self._to_keep:
                 await self._keep_health()

@@ -507,6 +507,23 @@ async def test_a_clock_that_jumps_kills_nothing_and_lets_nothing_wait_for_ever(w
         assert await world.states() == {"delivered": 2}
 
 
+@pytest.mark.parametrize("jump", [HOUR, 30 * DAY, 10 * YEAR])
+@pytest.mark.parametrize("stirred", [False, True], ids=["left alone", "woken at once"])
+async def test_a_clock_set_forward_does_not_use_up_the_last_step_before_its_time(world, jump, stirred):
+    """The receiver is away for an hour, which a schedule of five hours is there for."""
+    world.rules["main"] = until(HOUR)
+    async with world.running(watching=True):
+        await world.accept("a")  # at 305 s the third attempt fails, the last is due 5 h later
+        await world.pass_(seconds=400)
+        world.clock.set(seconds=jump)
+        if stirred:
+            world.lanes.wake(["main"])
+            await world.settle()
+        await world.pass_(seconds=6 * HOUR)
+        assert await world.states() == {"delivered": 1}
+    assert world.times()[-1] == pytest.approx(305 + 5 * HOUR, abs=HOUR)
+
+
 @pytest.mark.parametrize("jump", JUMPS)
 @pytest.mark.parametrize("back", [False, True], ids=["for good", "corrected"])
 async def test_nothing_is_dead_or_stuck_by_a_jump_over_restarts(world, jump, back):

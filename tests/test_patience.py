@@ -177,6 +177,28 @@ async def test_many_are_brought_forward(outbox):
     assert len({each.event.id for each in claimed}) == 1200
 
 
+async def test_only_what_a_clock_set_forward_made_due_waits_on_and_as_long_as_before(outbox):
+    await outbox.accept([submission(name) for name in "abcd"])
+    for delivery, due_ms in zip(
+        await outbox.claim("main", 9, NOW), (NOW, NOW + 1, NOW + 60_000, NOW + 60_001), strict=True
+    ):
+        await outbox.record(delivery, attempt(delivery, "timeout"), again(due_ms))
+    await outbox.postpone("main", NOW, NOW + 60_000)
+    assert [(await outbox.story(f"evt_{name}")).deliveries[0].due_ms for name in "abcd"] == [
+        NOW, NOW + 60_001, NOW + 120_000, NOW + 60_001,
+    ]  # fmt: skip
+    assert names(await outbox.claim("main", 9, NOW + 60_000)) == ["a"]
+
+
+async def test_many_wait_on(outbox):
+    for start in range(0, 1200, 400):
+        await outbox.accept([submission(f"{start + number}", at_ms=NOW + 5) for number in range(400)])
+    await outbox.register(["main", "other"])  # nothing is in memory any more
+    await outbox.postpone("main", NOW, NOW + 60_000)
+    assert await outbox.claim("main", 9, NOW + 60_004) == []
+    assert len(await outbox.claim("main", 2000, NOW + 60_005)) == 1200
+
+
 async def test_a_replay_at_a_pace_keeps_it_when_the_clock_was_set_back(outbox):
     await outbox.accept([submission(name) for name in "abc"])
     for delivery in await outbox.claim("main", 9, NOW):

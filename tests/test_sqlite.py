@@ -195,6 +195,7 @@ HOT = {
         db, 1, 0, before_ms=NOW, age_from_ms=0, now_ms=NOW + 9, in_flight=lambda handle: False
     ),
     "advance": lambda db: patience.advance(db, 1, now_ms=NOW, latest_ms=NOW + 9),
+    "postpone": lambda db: patience.postpone(db, 1, before_ms=NOW, now_ms=NOW + 9),
     "accept in order": lambda db: [order.Heads(db).holds_back(1, key) for key in "kz"],
     "record in order": lambda db: order.pass_on(db, (1, 1), "k", NOW),
     "replay in order": lambda db: (

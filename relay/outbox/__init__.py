@@ -5,7 +5,7 @@ disk. A lane takes what is due by `claim`, or one after the other by `probe`, an
 with the attempt it made and the verdict that followed, or by `release`, unspent. `expire` ends what has
 waited too long, `revive` puts back what was over. Everything else is looking (`due`, `backlog`, `pasts`,
 `events`, `story`, `count`, `last_seen`) and keeping the house (`register`, `endpoints`, `keep_endpoint`,
-`keep_health`, `drop_endpoint`, `advance`, `forget`, `shrink`, `backup`).
+`keep_health`, `drop_endpoint`, `advance`, `postpone`, `forget`, `shrink`, `backup`).
 
 What every store promises:
 
@@ -247,6 +247,10 @@ class Outbox(Protocol):
 
     async def advance(self, endpoint: str, latest_ms: int, now_ms: int) -> None:
         """Let nothing be due after `latest_ms`: the clock was set, and what is pending does not know."""
+        ...
+
+    async def postpone(self, endpoint: str, before_ms: int, now_ms: int) -> None:
+        """Let what is due only because the clock was set forward, from one time to another, wait on."""
         ...
 
     async def last_seen(self) -> int | None:

@@ -91,3 +91,16 @@ def advance(db: sqlite3.Connection, number: int, now_ms: int, latest_ms: int) ->
     late = db.execute(TOO_LATE, (latest_ms, number, number, latest_ms, STEP)).rowcount
     behind = (now_ms, now_ms, number, number, now_ms, now_ms + TOLERATED_MS, STEP)
     return max(late, db.execute(REPLAYED, behind).rowcount) == STEP
+
+
+OVERTAKEN = (
+    "UPDATE deliveries SET due = due + ? WHERE endpoint = ? AND state = 0 AND event IN"
+    " (SELECT event FROM deliveries"
+    " WHERE endpoint = ? AND state = 0 AND held = 0 AND due > ? AND due <= ? LIMIT ?)"
+)
+
+
+def postpone(db: sqlite3.Connection, number: int, before_ms: int, now_ms: int) -> bool:
+    """Put off what was not due at `before_ms` and is now, by as much; True if more may be left."""
+    values = (now_ms - before_ms, number, number, before_ms, now_ms, STEP)
+    return db.execute(OVERTAKEN, values).rowcount == STEP

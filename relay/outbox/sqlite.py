@@ -192,6 +192,15 @@ class SqliteOutbox:
                 pass
             waiting.rewind(0)
 
+    async def postpone(self, endpoint: str, before_ms: int, now_ms: int) -> None:
+        waiting = self._waiting.get(endpoint)
+        if waiting is not None:
+            while await self._change(
+                partial(patience.postpone, number=waiting.number, before_ms=before_ms, now_ms=now_ms)
+            ):
+                pass
+            waiting.rewind(0)
+
     async def last_seen(self) -> int | None:
         return await self._run(statements.last_seen)
 
