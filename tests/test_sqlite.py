@@ -156,9 +156,11 @@ async def test_a_migration_that_fails_leaves_the_old_schema(path, monkeypatch):
 def plans(db: sqlite3.Connection, run) -> list[str]:
     """Return the query plan of every statement that `run` executes."""
     statements_run: list[str] = []
+    db.execute("BEGIN")
     db.set_trace_callback(statements_run.append)
     run(db)
     db.set_trace_callback(None)
+    db.execute("ROLLBACK")
     distinct = {re.sub(r"\b\d+", "?", sql): sql for sql in statements_run}.values()
     return [row[3] for sql in distinct for row in db.execute("EXPLAIN QUERY PLAN " + sql)]
 
