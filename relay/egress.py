@@ -149,6 +149,14 @@ def _check_place(scheme: str, authority: str, policy: Policy) -> str | None:
     return None
 
 
+def refuses_literal(url: str, allow: Sequence[Network]) -> bool:
+    """Tell whether a URL that `check_url` has nothing against names an address that may not be dialled."""
+    match = _URL.fullmatch(url)
+    place = _AUTHORITY.fullmatch(match["authority"]) if match is not None else None
+    host = place["host"] if place is not None else ""
+    return is_literal(host) and judge(host.strip("[]").lower(), allow) is not None
+
+
 def _is_name(host: str) -> bool:
     # A name that ends in a number is an address to some programs and a name to others.
     return _NAME.fullmatch(host) is not None and not _NUMERIC.fullmatch(host.rpartition(".")[2])

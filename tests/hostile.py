@@ -296,7 +296,7 @@ class HostileReceiver:
         try:
             async with asyncio.timeout(0.5):
                 await writer.wait_closed()
-        except TimeoutError:
+        except (TimeoutError, asyncio.CancelledError):
             writer.transport.abort()
         except OSError:
             pass

@@ -1122,6 +1122,10 @@ def test_the_example_shows_the_defaults(load_text):
         "format",
         "rate",
         "max_pending",
+        "tls_ca_file",
+        "client_cert_file",
+        "client_key_file",
+        "proxy",
     )
     lines = EXAMPLE.read_text().splitlines()
     commented = [line for line in lines if not re.match(rf"# ({'|'.join(keep)}|listen|rate) = ", line)]

@@ -45,6 +45,11 @@ schema = { type = "object", required = ["postId"], properties = { postId = { typ
 [events."account.connected"]
 sample = { accountId = "acc_1" }
 """
+INTERNAL = (
+    "127.0.0.1", "127.1.2.3", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.0.1",  # noqa: S104 - never bound
+    "169.254.169.254", "169.254.170.2", "100.64.0.1", "100.100.100.200", "[::]", "[::1]", "[fd00:ec2::254]",
+    "[fe80::1]", "[fc00::1]", "[::ffff:7f00:1]", "[64:ff9b::a9fe:a9fe]", "[2002:7f00:1::]",
+)  # fmt: skip
 
 
 class Client:
@@ -364,8 +369,8 @@ async def test_a_test_event_reports_each_endpoint_and_says_why_one_failed(catalo
     async with Receiver(host="localhost") as other_name:
         misnamed = f"https://127.0.0.1:{other_name.port}/"
         await api.ok("POST", SETTINGS, mine(receiver, id="misnamed", url=misnamed))
-        metadata = "https://169.254.169.254/latest"
-        await api.ok("POST", SETTINGS, mine(receiver, id="internal", url=metadata))
+        own = f"https://localhost:{api.relay.port}/"
+        await api.ok("POST", SETTINGS, mine(receiver, id="internal", url=own))
         answer = await api.ok("POST", "/v1/webhooks/test", {"event": "post.published"})
     assert [(each["endpoint"], each["ok"], each["error"]) for each in answer["data"]] == [
         ("closed", False, "conn_refused: nothing listens at the receiver's address"),
@@ -404,7 +409,13 @@ async def test_an_endpoint_of_the_api_reaches_nothing_private_unless_the_config_
     """Whoever may call the API must not learn what listens behind it (contract 8, allow_private_for_api)."""
     with relay_process(tmp_path, "[delivery]\nretry_schedule = []", trusting(receiver, tmp_path)) as relay:
         api = Client(relay)
-        await api.ok("POST", SETTINGS, mine(receiver))
+        for address in INTERNAL:
+            internal = mine(receiver, url=f"https://{address}:{receiver.port}/")
+            refused = await api.refused("POST", SETTINGS, internal)
+            assert refused == (422, ["#/url"], "#/url holds an address that deliveries may not go to"), (
+                address
+            )
+        await api.ok("POST", SETTINGS, mine(receiver, url=f"https://localhost:{receiver.port}/hook"))
         receipt = await api.post()
         delivery = await api.until_state(receipt["id"], "mine", "dead")
         assert [(each["error"], each["answer"]) for each in delivery["attempts"]] == [

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from relay.catalogue import EventType, SchemaError, validator
 from relay.config.address import Address
 from relay.config.check import Report, WrongValueError, has_type, keys, read_table, refuse_unknown
-from relay.config.endpoint import SettingsError, read_api_endpoint, read_endpoints
+from relay.config.endpoint import SettingsError, read_api_endpoint, read_endpoints, read_tls
 from relay.config.lines import Place
 from relay.config.quantity import parse_duration, parse_rate, parse_size
 from relay.config.settings import (
@@ -120,6 +120,7 @@ def _config(tables: Mapping[str, Any], report: Report) -> Config:
     refuse_unknown(tables, [*TABLES, "endpoints", "events"], (), report)
     server = _table(Server, "server", tables, report)
     delivery = replace(_table(DeliverySettings, "delivery", tables, report), source=server.source)
+    delivery = replace(delivery, tls=read_tls(delivery, tables.get("delivery", {}), ("delivery",), report))
     rules = _table(EgressSettings, "egress", tables, report)
     _check_listening(server, report)
     return Config(

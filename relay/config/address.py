@@ -1,10 +1,11 @@
-"""Addresses: where the relay listens, which hosts are its own, and which private ranges it may enter.
+"""Addresses: where the relay listens, which hosts are its own, which private ranges it may enter, its proxy.
 
 Pure: text of the config in, values out; `WrongValueError` says why a text will not do. What may be dialled is
 judged by `relay.egress`.
 """
 
 import re
+from base64 import b64encode
 from dataclasses import dataclass
 from ipaddress import (
     IPv4Address,
@@ -14,11 +15,14 @@ from ipaddress import (
     ip_network,
 )
 from pathlib import Path
+from urllib.parse import unquote
 
 from relay import egress
 from relay.config.check import WrongValueError, quoted
+from relay.model import Proxy, Secret
 
 _HOST_AND_PORT = re.compile(r"(?:\[(?P<ipv6>[^\]]*)\]|(?P<name>[^:\[\]]*)):(?P<port>[0-9]{1,5})")
+_PROXY = re.compile(r"(?i:http)://(?:(?P<login>[^@/]*)@)?(?P<address>[^@/]+)/?")
 _HOST_NAME = re.compile(r"(?=.{1,253}\Z)(?:(?!-)[A-Za-z0-9-]{1,63}(?<!-)\.)*(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 _SOCKET_PATH_BYTES = 107  # what the address of a unix socket has room for on Linux
 
@@ -75,6 +79,29 @@ def parse_host(text: str) -> str:
     if not (_is_host(text) or _is_ip(bare, IPv6Address)):
         raise WrongValueError(f"{quoted(text)} is not a host name or an IP address without a port")
     return bare.lower()
+
+
+def parse_proxy(text: str) -> Proxy:
+    """Read "http://host:port" or "http://user:password@host:port"; a mistake shows nothing of it."""
+    match = _PROXY.fullmatch(text)
+    place = _HOST_AND_PORT.fullmatch(match["address"]) if match is not None else None
+    if match is None or place is None:
+        raise WrongValueError('is not a proxy such as "http://proxy.internal:3128"')
+    host = (place["ipv6"] or place["name"]).lower()
+    if not (_is_host(host) if place["ipv6"] is None else _is_ip(host, IPv6Address)):
+        raise WrongValueError("does not name a proxy by a host name or an IP address")
+    if not 1 <= int(place["port"]) <= 65535:
+        raise WrongValueError("has a port outside 1 to 65535")
+    ip = egress.canonical(host)
+    if ip is not None and (reason := egress.judge(str(ip), (ip_network(ip),))) is not None:
+        raise WrongValueError(f"is at an address that stays refused whatever the config says ({reason})")
+    login = match["login"]
+    word = b64encode(unquote(login).encode()).decode() if login is not None else None
+    return Proxy(
+        host=host,
+        port=int(place["port"]),
+        authorization=Secret(f"Basic {word}") if word is not None else None,
+    )
 
 
 def parse_network(text: str) -> egress.Network:

@@ -8,11 +8,12 @@ from relay import egress, formats
 from relay.config.check import Report, has_type, read_table
 from relay.config.lines import Place
 from relay.config.settings import DeliverySettings, EndpointSettings
-from relay.model import Endpoint, Secret, Signer
+from relay.model import Endpoint, Secret, Signer, TlsFiles
 from relay.signing import GenericForm, UnusableSecretError, scheme_of, together
 
 # What decides about an endpoint's fate or about this machine's files is not for whoever may register one.
-CONFIG_ALONE = ("max_age", "down_after", "probe_interval", "probe_max")
+TLS_KEYS = ("tls_ca_file", "client_cert_file", "client_key_file")
+CONFIG_ALONE = ("max_age", "down_after", "probe_interval", "probe_max", *TLS_KEYS, "proxy")
 
 
 def read_endpoints(
@@ -45,10 +46,16 @@ def read_api_endpoint(
     report = Report()
     for name in settings.keys() & CONFIG_ALONE:
         report.wrong((name,), "is set in the config alone")
+    # Nor are they looked at: whether a file is there is not to be found out this way.
+    settings = {name: value for name, value in settings.items() if name not in CONFIG_ALONE}
     endpoint = _endpoint(settings, (), delivery, policy, report)
     if endpoint is not None and "secrets" in settings:
         # The newest remains alone when a rotation's overlap ends, and has to do for every scheme then.
         _endpoint({**settings, "secrets": settings["secrets"][:1]}, (), delivery, policy, report)
+    if endpoint is not None and egress.refuses_literal(
+        endpoint.url, policy.opened_to("api", plain=endpoint.url.lower().startswith("http:"))
+    ):
+        report.wrong(("url",), "holds an address that deliveries may not go to")
     if endpoint is None or report.found:
         raise SettingsError(tuple((_pointer(place), text) for place, text in report.found))
     return replace(endpoint, source="api")
@@ -79,6 +86,7 @@ def _endpoint(
     _check_headers(how, at, report)
     _check_patience(table, how, at, report)
     sign = _signers(table, own, how, at, report)
+    tls = read_tls(how, table, at, report) if table.keys() & set(TLS_KEYS) else how.tls
     if not report.clean(at):
         return None
     return Endpoint(
@@ -99,6 +107,8 @@ def _endpoint(
         probe_max_seconds=how.probe_max_seconds,
         format=formats.fixed(how.format, how.source),
         headers=how.headers,
+        tls=tls,
+        proxy=how.proxy,
     )
 
 
@@ -125,6 +135,20 @@ def _signers(
         except UnusableSecretError as error:
             report.wrong((*at, name), f"cannot sign as {signature}: {error}")
     return (together(signers),)
+
+
+def read_tls(how: DeliverySettings, table: Mapping[str, Any], at: Place, report: Report) -> TlsFiles | None:
+    """Look at the files for TLS that a table names; what is wrong is noted at the key that is to blame."""
+    from relay.tls import TlsFilesError, read_files
+
+    if not report.clean(*((*at, name) for name in TLS_KEYS), *(("delivery", name) for name in TLS_KEYS)):
+        return None
+    try:
+        return read_files(how.tls_ca_file, how.client_cert_file, how.client_key_file)
+    except TlsFilesError as error:
+        place = _set_at(table, at, error.key, *TLS_KEYS)
+        report.wrong(place, str(error) if place[-1] == error.key else f"{error.key} {error}")
+        return None
 
 
 def _check_patience(table: Mapping[str, Any], how: DeliverySettings, at: Place, report: Report) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from relay import egress, formats
-from relay.config.address import Address, parse_address, parse_host, parse_network, parse_path
+from relay.config.address import Address, parse_address, parse_host, parse_network, parse_path, parse_proxy
 from relay.config.check import ListOf, Report, Scalar, has_type
 from relay.config.header import HeaderTable
 from relay.config.lines import Place
@@ -24,7 +24,7 @@ from relay.config.values import (
     parse_subscription,
     parse_token,
 )
-from relay.model import Secret
+from relay.model import Proxy, Secret, TlsFiles
 from relay.signing import Signature
 
 # The delays before each retry, Standard Webhooks 1.0.0, "Deliverability and reliability".
@@ -66,6 +66,7 @@ class _JsonTable:
 _TEXT = Scalar(str, "text", str)
 _SWITCH = Scalar(bool, "true or false", bool)
 _PATH = Scalar(str, "a path", parse_path)
+_PROXY = Scalar(str, 'a proxy such as "http://proxy.internal:3128"', parse_proxy)
 _ADDRESS = Scalar(str, 'an address such as "127.0.0.1:8484"', parse_address)
 _HOSTS = ListOf(Scalar(str, "a host name", parse_host), "a list of host names")
 _NETWORKS = ListOf(Scalar(str, 'a range such as "10.1.0.0/16"', parse_network), "a list of address ranges")
@@ -127,6 +128,11 @@ class DeliverySettings:
     format: Annotated[str, _FORMAT] = "event"
     source: str = formats.DEFAULT_SOURCE  # no key: that of [server], which formats show
     headers: Annotated[tuple[tuple[str, Secret], ...], HeaderTable()] = ()
+    tls_ca_file: Annotated[Path | None, _PATH] = None
+    client_cert_file: Annotated[Path | None, _PATH] = None
+    client_key_file: Annotated[Path | None, _PATH] = None
+    tls: TlsFiles | None = None  # no key: what these three hold
+    proxy: Annotated[Proxy | None, _PROXY] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
