@@ -12,6 +12,7 @@ what a later Python knows to be special is refused too.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 Network = IPv4Network | IPv6Network
@@ -93,6 +94,7 @@ def judge(address: str, allow: Sequence[Network]) -> str | None:
     return reason
 
 
+@lru_cache(maxsize=4096)
 def _special(ip: IPv4Address | IPv6Address) -> str | None:
     for network, reason in _REFUSED:
         if ip in network:

@@ -319,7 +319,7 @@ def _detail(error: BaseException) -> str | None:
 def _name(url: URL) -> str | None:
     """Return what has to be looked up for a URL; an address has not."""
     host = url.raw_host or ""
-    return None if egress.canonical(host) is not None else host
+    return None if egress.canonical(host.lower()) is not None else host
 
 
 def _since(started: float) -> int:

@@ -5,7 +5,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_net
 
 import pytest
 
-from relay.egress import Policy, check_url, judge
+from relay.egress import _REFUSED, Policy, check_url, judge
+from tests.figures import figure
 
 EVERYTHING = (IPv4Network("0.0.0.0/0"), IPv6Network("::/0"))
 
@@ -59,6 +60,40 @@ def test_a_range_is_refused_exactly_to_its_edges(text, reason, before, after):
         assert (judge(str(first - 1), ()) is None) is before
     if after is not None:
         assert (judge(str(last + 1), ()) is None) is after
+
+
+SINGLE = {
+    "0.0.0.0", "::", "::1", "169.254.169.254", "169.254.170.2", "100.100.100.200",  # noqa: S104 - judged
+    "fd00:ec2::254", "fd20:ce::254",
+}  # fmt: skip
+
+
+def test_every_range_of_the_table_is_among_those_tested_here():
+    """A range that is added one day gets its edges tested, too."""
+    tested = {ip_network(text) for text, *_ in IPV4 + IPV6} | {ip_network(text) for text in SINGLE}
+    edges = [(str(network.network_address), str(network.broadcast_address)) for network, _ in _REFUSED]
+    exact = sum(judge(first, ()) is not None and judge(last, ()) is not None for first, last in edges)
+    figure("ranges refused to both edges / all", f"{exact} / {len(_REFUSED)}")
+
+    assert {network for network, _ in _REFUSED} - tested == set()
+    assert exact == len(_REFUSED)
+
+
+def test_verdicts_change_at_edges_and_nowhere_else():
+    """Between two edges every address has one verdict; drawn from everywhere, most from near the edges."""
+    numbers = random.Random(20260115)
+    for family, networks in ((IPv4Address, IPV4), (IPv6Address, IPV6)):
+        bits = family(0).max_prefixlen
+        ranges = [ip_network(text) for text, *_ in networks]
+        centres = [int(edge) for each in ranges for edge in (each.network_address, each.broadcast_address)]
+        centres += [numbers.getrandbits(bits) for _ in range(100)]
+        for centre in centres:
+            for distance in (0, 1, numbers.getrandbits(4), numbers.getrandbits(16)):
+                address = family((centre + distance) % (1 << bits))
+                inside = any(address in each for each in ranges)
+                beyond = family is IPv6Address and address not in IPv6Network("2000::/3")
+
+                assert (judge(str(address), ()) is not None) is (inside or beyond), address
 
 
 @pytest.mark.parametrize(

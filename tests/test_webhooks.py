@@ -422,6 +422,9 @@ async def test_an_endpoint_of_the_api_reaches_nothing_private_unless_the_config_
             ("blocked_address", None)
         ]
         assert (await api.ok("GET", f"{SETTINGS}/mine"))["last_error"] == "blocked_address"
+        # Which address and why is for the operator; whoever may call the API learns of the refusal only.
+        assert "127.0.0.1 is loopback" in relay.log
+        assert not any("loopback" in told for _, told in api.told)
     assert receiver.requests == []
 
 
