@@ -36,6 +36,9 @@ Around that:
     systemd.py    tells the service manager how the relay stands
     clock.py      what time it is, and waiting for a time
     logs.py       the relay's own log
+    about.py      what runs: the versions
+    metrics/      what is counted, and how a scrape shows it
+    ops/          a dashboard and alert rules of these metrics
     model.py      the words: event, endpoint, delivery, attempt, outcome, verdict
 
 Data goes forward only; the one signal backwards is `wake`.

@@ -14,6 +14,7 @@ from typing import Protocol
 LONGEST_SLEEP_SECONDS = 60.0
 JUMP_MS = 5_000  # what is less is drift that is being corrected
 WATCH_MS = 10_000
+WATCH_LOOP_SECONDS = 0.5
 
 
 class Clock(Protocol):
@@ -62,3 +63,12 @@ async def watch(clock: Clock, jumped: Callable[[int], None]) -> None:
         before, ahead = ahead, ahead_ms(clock)
         if abs(ahead - before) > JUMP_MS:
             jumped(ahead - before)
+
+
+async def watch_loop(late: Callable[[float], None]) -> None:
+    """Tell `late` by how many seconds the event loop was late, twice a second; until cancelled."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + WATCH_LOOP_SECONDS
+        await asyncio.sleep(WATCH_LOOP_SECONDS)
+        late(max(0.0, loop.time() - due))

@@ -19,6 +19,10 @@ class Lanes:
         self._stop = asyncio.Event()
         self.stopped = asyncio.Event()
 
+    def sending(self) -> int:
+        """Return how many attempts are under way."""
+        return sum(lane.sending for lane in self._lanes.values())
+
     def wake(self, endpoints: Iterable[str]) -> None:
         """Tell lanes that something new waits for them."""
         for endpoint in endpoints:

@@ -12,12 +12,13 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from relay import formats
 from relay import health as rules
 from relay.clock import JUMP_MS, Clock, ahead_ms
+from relay.metrics import Metrics
 from relay.model import Attempt, Delivery, Endpoint, Health, Message, Outcome, Standing, State, Verdict
 from relay.outbox import Expired, FullError, Outbox
 from relay.pace import Bucket, Limit
@@ -55,6 +56,7 @@ class Surroundings:
     make_news: MakesNews
     wake: Callable[[Iterable[str]], None]
     spread: Callable[[], float] = random.random
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 class Lane:
@@ -65,14 +67,14 @@ class Lane:
         self.health = health
         self.ended = asyncio.Event()
         self._around = around
-        self._reporter = Reporter(endpoint.id, around.make_news)
+        self._reporter = Reporter(endpoint.id, around.make_news, around.clock, around.metrics.of(endpoint.id))
         self._outbox = around.outbox
         self._clock = around.clock
         self._wake = asyncio.Event()
         self._limit = Limit(endpoint.concurrency)
         self._bucket: Bucket | None = None
         self._claimed: dict[tuple[int, int], Delivery] = {}
-        self._sending = 0
+        self.sending = 0
         self._probing = False
         self._rest_until_ms = 0
         self._expiry_ms = 0  # when to look at what waits too long; in the past: now
@@ -138,6 +140,7 @@ class Lane:
                 "drain_cut_off", extra={"endpoint": self.endpoint.id, "deliveries": len(self._claimed)}
             )
         self._drain = None
+        self._reporter.ended()
         # What was cut off has no outcome, so it was no attempt: hand it back unspent.
         await self._outbox.release(list(self._claimed.values()))
         self.ended.set()
@@ -161,7 +164,7 @@ class Lane:
     @property
     def _free(self) -> int:
         free = min(
-            self._limit.slots - self._sending,
+            self._limit.slots - self.sending,
             self.endpoint.concurrency * CLAIMED_PER_SLOT - len(self._claimed),
         )
         if self._bucket is not None:
@@ -177,7 +180,7 @@ class Lane:
             if self._probing:
                 return None
             opens_ms = max(opens_ms, self.health.probe_at_ms)
-        elif self._limit.slots <= self._sending:
+        elif self._limit.slots <= self.sending:
             return None
         if self._bucket is not None:
             wait_ms = math.ceil(self._bucket.wait_seconds(self._clock.monotonic()) * 1000)
@@ -203,8 +206,8 @@ class Lane:
             await self._hand_back(deliveries)
             return []
         self._probing = standing is Standing.DOWN and bool(deliveries)
-        self._sending += len(deliveries)
-        self._limit.begun(self._sending)
+        self.sending += len(deliveries)
+        self._limit.begun(self.sending)
         if self._bucket is not None:
             self._bucket.take(len(deliveries), self._clock.monotonic())
         return deliveries
@@ -236,7 +239,7 @@ class Lane:
                 at_ms, begun = self._clock.now_ms(), self._clock.monotonic()
                 outcome = await self._outcome(delivery, number, at_ms)
         finally:
-            self._sending -= 1
+            self.sending -= 1
             self._probing = self._probing and not probe
             self._wake.set()
         if outcome.unspent:

@@ -56,14 +56,20 @@ class Reloader:
         Raises ConfigError, FullError, StoppingError.
         """
         async with self._one_at_a_time:
+            metrics = self.state.metrics
             try:
-                return await self._reload()
+                reloaded = await self._reload()
             except ConfigError as error:
+                metrics.reload_successful = False
                 refused(error.problems)
                 raise
             except (FullError, StoppingError) as error:
+                metrics.reload_successful = False
                 refused([str(error)])
                 raise
+            else:
+                metrics.reloaded(self.state.clock.now_ms())
+                return reloaded
             finally:
                 if self.state.unready is None:
                     self.manager.ready()

@@ -1,4 +1,4 @@
-"""What a lane says of what happened: lines of the log, and events of the relay's own.
+"""What a lane says of what happened: lines of the log, counts, and events of the relay's own.
 
 The relay's own events (`relay.endpoint.down` and so on, contract section 6) go through the same outbox to
 endpoints that subscribe to them by name. They are never about themselves: an endpoint is not told of its own
@@ -6,21 +6,28 @@ state, and nothing is told of a delivery of theirs, or there would be no end.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from relay.canonical import JSON
+from relay.clock import Clock
+from relay.metrics import Tally
 from relay.model import Delivery, Health, Outcome, Standing, State, Submission, Verdict
 from relay.outbox import Expired
 from relay.subscription import OWN_PREFIX
 
 log = logging.getLogger("relay.delivery")
 
+SUMMED_UP_SECONDS = 60.0
+FAILURES = ("attempt_failed", "delivery_dead", "attempt_unspent", "deliveries_expired")
 TURNS = {
     Standing.DOWN: ("endpoint_down", "relay.endpoint.down"),
     Standing.UP: ("endpoint_recovered", "relay.endpoint.recovered"),
     Standing.GONE: ("endpoint_gone", "relay.endpoint.gone"),
 }
+
+Fields = dict[str, object]
 
 
 class MakesNews(Protocol):
@@ -30,25 +37,50 @@ class MakesNews(Protocol):
 
 
 class Reporter:
-    """Says what happened at one endpoint; the events it returns are the caller's to keep."""
+    """Says what happened at one endpoint; the events it returns are the caller's to keep.
 
-    def __init__(self, endpoint: str, make_news: MakesNews) -> None:
+    Every failure is counted, but the log is told of one of a kind, and from then on of all together once a
+    minute: a receiver that is down all night must not fill the disk. At debug level every attempt is told.
+    """
+
+    def __init__(self, endpoint: str, make_news: MakesNews, clock: Clock, tally: Tally) -> None:
         self._endpoint = endpoint
         self._make_news = make_news
+        self._clock = clock
+        self._tally = tally
+        self._quiet_since: float | None = None
+        self._told: set[str] = set()  # since then
+        self._untold: Counter[str] = Counter()
+        self._latest: Fields = {}
 
     def attempted(self, delivery: Delivery, number: int, outcome: Outcome, verdict: Verdict) -> None:
+        self._tally.attempted(outcome.reason, outcome.milliseconds)
         if outcome.reason is None:
+            if not delivery.replayed:  # how long a person thought about it is no lag of ours
+                self._tally.lag.observe((self._clock.now_ms() - delivery.event.accepted_at_ms) / 1000)
             if log.isEnabledFor(logging.DEBUG):
                 log.debug("attempt_delivered", extra=self._fields(delivery, number, outcome))
-        elif verdict.state is State.PENDING:
-            fields = self._fields(delivery, number, outcome)
-            log.warning("attempt_failed", extra=fields | {"next_attempt_at_ms": verdict.due_ms})
+            if self._untold and self._is_time():
+                self._sum_up()
+            return
+        fields = self._fields(delivery, number, outcome)
+        if verdict.state is State.PENDING:
+            if verdict.due_ms is not None:
+                fields["retry_in_seconds"] = max(0, verdict.due_ms - self._clock.now_ms()) / 1000
+            self._tell(logging.WARNING, "attempt_failed", fields)
         else:
-            log.error("delivery_dead", extra=self._fields(delivery, number, outcome))
+            self._tally.dead += 1
+            self._tell(logging.ERROR, "delivery_dead", fields)
 
     def unspent(self, delivery: Delivery, number: int, outcome: Outcome) -> None:
         """Say that an attempt could not be made, for which the receiver cannot be blamed."""
-        log.warning("attempt_unspent", extra=self._fields(delivery, number, outcome))
+        self._tally.unspent += 1
+        self._tell(logging.WARNING, "attempt_unspent", self._fields(delivery, number, outcome))
+
+    def ended(self) -> None:
+        """Say what has not been said yet: nothing comes after this."""
+        if self._untold:
+            self._sum_up()
 
     def turned(self, before: Health, after: Health, outcome: Outcome) -> list[Submission]:
         """Say that the endpoint went down, recovered or is gone, if it did."""
@@ -78,12 +110,57 @@ class Reporter:
 
     def expired(self, expired: Sequence[Expired]) -> list[Submission]:
         """Say that deliveries have waited too long."""
-        log.error("deliveries_expired", extra={"endpoint": self._endpoint, "deliveries": len(expired)})
+        self._tally.dead += len(expired)
+        self._tally.expired += len(expired)
+        fields: Fields = {"endpoint": self._endpoint, "deliveries": len(expired)}
+        self._tell(logging.ERROR, "deliveries_expired", fields, count=len(expired))
         return [
             news for each in expired for news in self.dead(each.event_id, each.type, each.attempts, "max_age")
         ]
 
-    def _fields(self, delivery: Delivery, number: int, outcome: Outcome) -> dict[str, object]:
+    # How failures are summed up
+
+    def _tell(self, level: int, line: str, fields: Fields, count: int = 1) -> None:
+        if self._untold and self._is_time():
+            self._hold_back(line, fields, count)
+            self._sum_up()
+        elif self._is_time() or line not in self._told:
+            if self._is_time():
+                self._quiet_since = self._clock.monotonic()
+                self._told.clear()
+            self._told.add(line)
+            log.log(level, line, extra=fields)
+        else:
+            self._hold_back(line, fields, count)
+            log.debug(line, extra=fields)
+
+    def _hold_back(self, line: str, fields: Fields, count: int) -> None:
+        self._untold[line] += count
+        if line != "deliveries_expired":
+            self._latest = fields
+
+    def _is_time(self) -> bool:
+        since = self._quiet_since
+        return since is None or self._clock.monotonic() - since >= SUMMED_UP_SECONDS
+
+    def _sum_up(self) -> None:
+        untold, now = self._untold, self._clock.monotonic()
+        since = self._quiet_since if self._quiet_since is not None else now
+        dead = untold["delivery_dead"] + untold["deliveries_expired"]
+        fields: Fields = self._latest | {
+            "endpoint": self._endpoint,
+            "failures": untold["attempt_failed"] + untold["delivery_dead"],
+            "dead": dead or None,
+            "unspent": untold["attempt_unspent"] or None,
+            "seconds": round(now - since, 1),
+        }
+        log.log(logging.ERROR if dead else logging.WARNING, "endpoint_failing", extra=fields)
+        self._quiet_since = now
+        self._told = set(FAILURES)
+        self._untold.clear()
+        self._latest = {}
+
+    def _fields(self, delivery: Delivery, number: int, outcome: Outcome) -> Fields:
         return {
             "event_id": delivery.event.id,
             "endpoint": self._endpoint,

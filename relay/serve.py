@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -18,18 +18,21 @@ from pathlib import Path
 from aiohttp import web
 
 from relay import __version__, logs
+from relay.about import build
 from relay.api import make_app, make_ops_app
 from relay.api.connections import Connections
 from relay.api.guard import Access
-from relay.api.state import State
+from relay.api.state import STATE, State
 from relay.catalogue import Catalogue
-from relay.clock import Clock, SystemClock, watch
+from relay.clock import Clock, SystemClock, watch, watch_loop
 from relay.config import Address, Config, Server
 from relay.delivery import Lanes
 from relay.endpoints import Endpoints
 from relay.ingest import Ingest
 from relay.lane import Lane, Surroundings
+from relay.metrics import Metrics
 from relay.outbox import (
+    Backlog,
     Bounds,
     DamagedError,
     FullError,
@@ -84,17 +87,19 @@ def run(config: Config, path: Path) -> int:
 
 
 async def serve(config: Config, path: Path) -> None:
-    clock = SystemClock()
+    clock, metrics = SystemClock(), Metrics()
+    metrics.reloaded(clock.now_ms())
     stop = Stop()
     async with (
         open_outbox(
             config.outbox.path,
             synchronous=config.outbox.durability,
             bounds=Bounds(max_bytes=config.outbox.max_size, max_pending=config.outbox.max_pending),
+            committed=metrics.committed,
         ) as outbox,
         open_sender(policy=config.egress.policy, version=__version__) as sender,
     ):
-        state, lanes = await join(config, outbox, sender, clock)
+        state, lanes = await join(config, outbox, sender, clock, metrics=metrics)
         access = Access(hosts_of(config.server), config.server.tokens)
         manager = ServiceManager(os.environ, clock)
         state.reload = reloader = Reloader(path, config, state, access, manager)
@@ -102,20 +107,28 @@ async def serve(config: Config, path: Path) -> None:
     log.info("stopped")
 
 
-async def join(config: Config, outbox: Outbox, sender: Sender, clock: Clock) -> tuple[State, Lanes]:
+async def join(
+    config: Config, outbox: Outbox, sender: Sender, clock: Clock, *, metrics: Metrics
+) -> tuple[State, Lanes]:
     """Build what stands between the outbox, the sender and the API, and join it."""
+    most_sending = attempts_at_once()
     lanes = Lanes(lambda endpoint, health: Lane(endpoint, health, around))
     catalogue = Catalogue(config.events.values())
     ingest = Ingest(
-        outbox=outbox, subscriptions=Subscriptions([]), clock=clock, wake=lanes.wake, catalogue=catalogue
+        outbox=outbox,
+        subscriptions=Subscriptions([]),
+        clock=clock,
+        wake=lanes.wake,
+        catalogue=catalogue,
     )
     around = Surroundings(
         outbox=outbox,
         sender=sender,
         clock=clock,
-        connections=asyncio.Semaphore(attempts_at_once()),
+        connections=asyncio.Semaphore(most_sending),
         make_news=ingest.news,
         wake=lanes.wake,
+        metrics=metrics,
     )
     endpoints = Endpoints(
         configured=config.endpoints,
@@ -136,6 +149,9 @@ async def join(config: Config, outbox: Outbox, sender: Sender, clock: Clock) -> 
         clock=clock,
         wake=lanes.wake,
         max_event_size=config.server.max_event_size,
+        metrics=metrics,
+        sending=lanes.sending,
+        most_sending=most_sending,
     )
     return state, lanes
 
@@ -152,18 +168,29 @@ async def work(reloader: Reloader, lanes: Lanes, stop: "Stop") -> None:
             tasks.create_task(manager.watched()),
             tasks.create_task(state.endpoints.end_overlaps()),
             tasks.create_task(watch(state.clock, partial(clock_was_set, lanes))),
+            tasks.create_task(watch_loop(state.metrics.loop_lag_seconds.observe)),
         ]
         async with listening(reloader.config.server, state, reloader.access) as addresses:
             # No delivery may ever come back to us, so none goes out before our addresses are known.
             state.sender.own_addresses = addresses
             tasks.create_task(lanes.run())
-            log.info("started", extra={"config": str(reloader.path), "version": __version__})
+            tell_start(reloader, await state.outbox.backlog())
             manager.ready()
             await stop.asked.wait()
             manager.stopping()
             await wind_down(reloader.config.server, state, lanes, stop)
         for chore in chores:
             chore.cancel()
+
+
+def tell_start(reloader: Reloader, backlogs: Mapping[str, Backlog]) -> None:
+    """Say in one line what was started, on what, and what waits."""
+    pending = sum(each.pending for each in backlogs.values())
+    fields: dict[str, object] = {"config": str(reloader.path.resolve()), **build()}
+    fields |= {"outbox": str(reloader.config.outbox.path.resolve())}
+    fields["addresses"] = reloader.state.addresses
+    fields |= {"endpoints": len(backlogs), "pending": pending}
+    log.info("started", extra=fields)
 
 
 def clock_was_set(lanes: Lanes, by_ms: int) -> None:
@@ -225,8 +252,13 @@ async def listening(
         if server.ops_listen is not None:
             ops = site(make_ops_app(state), server.ops_listen, MOST_OPS_CONNECTIONS)
             taken.append(await runners.enter_async_context(ops))
-        log.info("listening", extra={"addresses": taken})
+        state.addresses = [shown(each) for each in taken]
+        log.info("listening", extra={"addresses": state.addresses})
         yield frozenset(address for address in taken if isinstance(address, tuple))
+
+
+def shown(taken: tuple[str, int] | str) -> str:
+    return f"unix:{taken}" if isinstance(taken, str) else str(Address(host=taken[0], port=taken[1]))
 
 
 @asynccontextmanager
@@ -236,6 +268,8 @@ async def site(app: web.Application, address: Address, most: int) -> AsyncIterat
     # The socket outlives the server: asyncio's own loop fails on stopping to serve one that is closed.
     with bound(address) as listener:
         await runner.setup()
+        if STATE in app:
+            app[STATE].servers.append(runner)
         try:
             take = Connections(runner, most=most)
             with closing(

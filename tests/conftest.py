@@ -1,4 +1,4 @@
-"""What every test gets: an outbox of each kind, and a loop that loses no task's error."""
+"""What every test gets: an outbox of each kind, a loop that loses no task's error, a log of known lines."""
 
 import logging
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from relay import logs
 from relay.outbox import Outbox, open_outbox
 from tests import figures
 
@@ -24,6 +25,18 @@ def no_error_is_lost() -> Iterator[None]:
     yield
     logging.getLogger("asyncio").removeHandler(listener)
     assert not lost
+
+
+@pytest.fixture(autouse=True)
+def no_line_of_the_log_is_unknown() -> Iterator[None]:
+    """Fail a test in which the relay says what `logs.EVENTS`, and so the README, does not have."""
+    unknown: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: unknown.extend(logs.undocumented(record))  # type: ignore[method-assign]
+    logging.getLogger("relay").addHandler(listener)
+    yield
+    logging.getLogger("relay").removeHandler(listener)
+    assert not unknown
 
 
 @pytest.fixture(params=STORES)

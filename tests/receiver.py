@@ -5,6 +5,7 @@ import ssl
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
@@ -42,13 +43,15 @@ class Receiver:
 
     authority = trustme.CA()  # one for all receivers, so that one client can talk to several
 
-    def __init__(self, *, tls: bool = True, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self, *, tls: bool = True, host: str = "127.0.0.1", port: int = 0, expired: bool = False
+    ) -> None:
         self.host = host
         self.port = port
         self.requests: list[Request] = []
         self._script: deque[Answer] = deque()
         self._arrived = asyncio.Condition()
-        self._ssl = server_ssl(host, self.authority) if tls else None
+        self._ssl = server_ssl(host, self.authority, expired=expired) if tls else None
         app = web.Application(client_max_size=64 * 1024 * 1024)
         app.router.add_route("*", "/{path:.*}", self._take)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -107,8 +110,9 @@ class Receiver:
         return web.Response(status=answer.status, headers=answer.headers, body=answer.body)
 
 
-def server_ssl(host: str, authority: trustme.CA) -> ssl.SSLContext:
-    """Return a server's context with a certificate for this host."""
+def server_ssl(host: str, authority: trustme.CA, *, expired: bool = False) -> ssl.SSLContext:
+    """Return a server's context with a certificate for this host, which may be one of the past."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(host).configure_cert(context)
+    until = datetime(2020, 1, 1, tzinfo=UTC) if expired else None
+    authority.issue_cert(host, not_after=until).configure_cert(context)
     return context

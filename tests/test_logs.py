@@ -30,7 +30,7 @@ FOREIGN = {
 
 def record(value: object, *, error: bool = False) -> logging.LogRecord:
     made = logging.makeLogRecord(
-        {"msg": "attempt_failed", "levelno": 30, "levelname": "WARNING", "value": value}
+        {"name": "relay", "msg": "attempt_failed", "levelno": 30, "levelname": "WARNING", "value": value}
     )
     if error:
         try:

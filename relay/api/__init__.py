@@ -5,15 +5,19 @@ from aiohttp import web
 from relay.api.bodies import wait_until_read
 from relay.api.events import LARGEST_BATCH, Events
 from relay.api.guard import Access, guard
+from relay.api.metrics import Scrapes, count_refusals
 from relay.api.operations import Operations
-from relay.api.state import State
+from relay.api.state import STATE, State
 from relay.api.webhooks import Webhooks
 
 
 def make_app(state: State, access: Access) -> web.Application:
     """Join guard and handlers."""
-    app = web.Application(middlewares=[guard(access)], client_max_size=LARGEST_BATCH)
+    guards = [count_refusals(state), guard(access)]
+    app = web.Application(middlewares=guards, client_max_size=LARGEST_BATCH)
+    app[STATE] = state
     routes = Events(state).routes() + Webhooks(state).routes() + Operations(state).routes()
+    routes += Scrapes(state).routes()
     options = {"expect_handler": wait_until_read}
     app.add_routes(
         [web.RouteDef(each.method, each.path, each.handler, each.kwargs | options) for each in routes]
@@ -22,7 +26,7 @@ def make_app(state: State, access: Access) -> web.Application:
 
 
 def make_ops_app(state: State) -> web.Application:
-    """Return health alone, for a second address: a kubelet's probe knows no Host of ours and no token."""
+    """Return health and metrics, for a second address: a kubelet's probe knows no Host of ours, no token."""
     app = web.Application()
-    app.add_routes(Operations(state).health())
+    app.add_routes(Operations(state).health() + Scrapes(state).routes())
     return app

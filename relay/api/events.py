@@ -146,12 +146,18 @@ class Events:
         if self._state.refusing is not None:
             raise unavailable(self._state.refusing)
         try:
-            return await self._state.ingest.submit(drafts)
+            receipts = await self._state.ingest.submit(drafts)
         except InvalidError as error:
             raise invalid(_renamed(error.problems, drafts, words)) from None
         except ConflictError as error:
             detail = f"this {words.identity} was used before for other content"
             raise invalid([(drafts[index].pointer, detail) for index in error.indexes]) from None
+        for receipt in receipts:
+            if receipt.duplicate:
+                self._state.metrics.duplicates += 1
+            else:
+                self._state.metrics.accepted += 1
+        return receipts
 
     async def _refuse_large(self, values: list[canonical.JSON], prefix: str) -> None:
         limit = self._state.max_event_size

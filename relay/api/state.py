@@ -3,10 +3,13 @@
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
+from aiohttp import web
+
 from relay.catalogue import Catalogue
 from relay.clock import Clock
 from relay.endpoints import Changes, Endpoints
 from relay.ingest import Ingest
+from relay.metrics import Metrics
 from relay.outbox import Outbox
 from relay.sender import Sender
 
@@ -24,6 +27,7 @@ class State:
     """`refusing` says in a sentence why no event is taken, `unready` why the relay is not ready.
 
     `reload` reads the config again (`relay.reload`); it is put here when all else is joined.
+    `sending` tells how many attempts are under way, of `most_sending`; `servers` listen at `addresses`.
     """
 
     outbox: Outbox
@@ -37,3 +41,11 @@ class State:
     refusing: str | None = None
     unready: str | None = None
     reload: Callable[[], Awaitable[Reloaded]] = field(init=False)
+    metrics: Metrics = field(default_factory=Metrics)
+    sending: Callable[[], int] = lambda: 0
+    most_sending: int = 0
+    servers: list[web.AppRunner] = field(default_factory=list)
+    addresses: list[str] = field(default_factory=list)
+
+
+STATE = web.AppKey("STATE", State)  # by which whoever serves an app finds it

@@ -8,7 +8,7 @@ to call stands in `commands`; each function there lies in the file of its group.
     exits         the exit codes
     client        one request to the running relay
     output        tables for people, JSON for scripts
-    serving, health, secret, version, listen, demo, ask     the commands
+    serving, health, secret, ops, version, listen, demo, ask     the commands
     receiver, verification     the receiver of `listen` and `demo`, and how it verifies
 """
 

@@ -67,7 +67,10 @@ ACTIONS = ("list", "pause", "resume", "remove", "rotate-secret")
 
 EXAMPLES = ("relay demo", "relay serve --config relay.toml")
 
-GROUPS = {"secret": "Make the secrets that deliveries are signed with."}
+GROUPS = {
+    "secret": "Make the secrets that deliveries are signed with.",
+    "ops": "Print what comes with the relay for Prometheus and Grafana.",
+}
 
 COMMANDS = (
     Command(
@@ -272,6 +275,18 @@ COMMANDS = (
             JSON,
         ),
         examples=("relay secret new > secret.txt", "relay secret new --ed25519 --json"),
+    ),
+    Command(
+        name="ops grafana",
+        does="Print a Grafana dashboard of the relay's metrics, as JSON to import.",
+        runs="relay.cli.ops:grafana",
+        examples=("relay ops grafana > relay.json", "relay ops grafana | jq .panels[].title"),
+    ),
+    Command(
+        name="ops alerts",
+        does="Print alert rules for Prometheus, as YAML.",
+        runs="relay.cli.ops:alerts",
+        examples=("relay ops alerts > relay.rules.yaml", "relay ops alerts | promtool check rules"),
     ),
     Command(
         name="version",

@@ -4,8 +4,8 @@ An application's event comes in by `accept`, which answers once the event and it
 disk. A lane takes what is due by `claim`, or one after the other by `probe`, and gives it back by `record`,
 with the attempt it made and the verdict that followed, or by `release`, unspent. `expire` ends what has
 waited too long, `revive` puts back what was over. Everything else is looking (`due`, `backlog`, `pasts`,
-`events`, `story`, `count`, `last_seen`) and keeping the house (`register`, `endpoints`, `keep_endpoint`,
-`keep_health`, `drop_endpoint`, `advance`, `postpone`, `forget`, `shrink`, `backup`).
+`events`, `story`, `count`, `last_seen`, `size`) and keeping the house (`register`, `endpoints`,
+`keep_endpoint`, `keep_health`, `drop_endpoint`, `advance`, `postpone`, `forget`, `shrink`, `backup`).
 
 What every store promises:
 
@@ -28,13 +28,15 @@ What every store promises:
 - No exception of a store's own library leaves it; what does is named below.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from relay.model import Attempt, Delivery, Event, Health, Receipt, State, Submission, Verdict
+
+Committed = Callable[[float, int], None]  # told how long a commit took, in seconds, and of how many changes
 
 
 class OutboxError(Exception):
@@ -75,6 +77,17 @@ class Bounds:
 
     max_bytes: int | None = None
     max_pending: int | None = None  # deliveries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How large an outbox is."""
+
+    file_bytes: int
+    log_bytes: int  # ahead of the file
+    used_bytes: int  # what may be used again left out; measured now and then
+    disk_free_bytes: int
+    bounds: Bounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +285,8 @@ class Outbox(Protocol):
         """Say in a sentence why nothing can be kept at the moment, if that is so."""
         ...
 
+    def size(self) -> Size: ...
+
     async def backlog(self) -> dict[str, Backlog]: ...
 
     async def pasts(self) -> dict[str, Past]: ...
@@ -302,9 +317,11 @@ async def open_outbox(
     *,
     synchronous: str = "full",
     bounds: Bounds = Bounds(),
+    committed: Committed = lambda _seconds, _changes: None,
 ) -> AsyncIterator[Outbox]:
-    """Open the outbox at `path`, made new if there is none. Raises OutboxError."""
+    """Open the outbox at `path`, made new if there is none; `committed` hears of it. Raises OutboxError."""
     from relay.outbox.opening import open_sqlite
 
-    async with open_sqlite(path, synchronous=synchronous, bounds=bounds) as outbox:
+    opened = open_sqlite(path, synchronous=synchronous, bounds=bounds, committed=committed)
+    async with opened as outbox:
         yield outbox

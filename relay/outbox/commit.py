@@ -34,6 +34,11 @@ class Batch:
     records: list[Record] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
 
+    @property
+    def size(self) -> int:
+        """How much waits: events, outcomes and other changes."""
+        return sum(map(len, self.accepts)) + len(self.records) + len(self.changes)
+
 
 @dataclass(slots=True)
 class Written:

@@ -11,12 +11,14 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import aiosqlite
 
+from relay.logs import Seldom
 from relay.model import Receipt, Submission
-from relay.outbox import ConflictError, FullError
+from relay.outbox import Committed, ConflictError, FullError
 from relay.outbox.backup import copy
 from relay.outbox.commit import Batch, Record, Written, write
 from relay.outbox.failures import translated
@@ -52,7 +54,12 @@ class Committer:
     """
 
     def __init__(
-        self, db: aiosqlite.Connection, path: Path, room: Room, settle: Callable[[Batch, Written], None]
+        self,
+        db: aiosqlite.Connection,
+        path: Path,
+        room: Room,
+        settle: Callable[[Batch, Written], None],
+        committed: Committed,
     ) -> None:
         self.numbers: dict[str, int] = {}
         self.last_seq = 0
@@ -63,6 +70,8 @@ class Committer:
         self._measured_at = -MEASURE_SECONDS
         self._refusing = False
         self._settle = settle
+        self._committed = committed
+        self._seldom = Seldom()
         self._gathering = Gathering()
         self._work = asyncio.Event()
         self._closing = False
@@ -87,7 +96,8 @@ class Committer:
         try:
             return list(await told) if told is not None else []
         except FullError as error:
-            log.warning("outbox_full", extra={"untold": len(news), "error": str(error)})
+            if self._seldom.passes("untold") is not None:
+                log.warning("outbox_full", extra={"untold": len(news), "error": str(error)})
             return []
 
     async def change(self, change: Callable[[sqlite3.Connection], T]) -> T:
@@ -136,6 +146,7 @@ class Committer:
                 await asyncio.sleep(0)
             gathered, self._gathering = self._gathering, Gathering()
             self._refuse_without_room(gathered)
+            begun = perf_counter()
             try:
                 written = await self.run(
                     write, gathered.batch, self.numbers, self.last_seq, measure=self._is_time_to_measure()
@@ -147,6 +158,7 @@ class Committer:
                 _break(gathered.accepts + gathered.records + gathered.changes, error)
                 raise
             else:
+                self._committed(perf_counter() - begun, gathered.batch.size)
                 self._tell(gathered, written)
 
     def _accepted(self, submissions: Sequence[Submission]) -> Promise:
@@ -224,7 +236,8 @@ class Committer:
             self._gathering.records = gathered.records + self._gathering.records
             self._work.set()
             if not gathered.accepts and not gathered.changes:
-                log.error("outbox_full", extra={"unrecorded": len(gathered.records)})
+                if self._seldom.passes("unrecorded") is not None:
+                    log.error("outbox_full", extra={"unrecorded": len(gathered.records)})
                 await asyncio.sleep(FULL_RETRY_SECONDS)
 
 

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import aiosqlite
 
-from relay.outbox import Bounds, backup, schema
+from relay.outbox import Bounds, Committed, backup, schema
 from relay.outbox.failures import translated
 from relay.outbox.holding import held
 from relay.outbox.sqlite import SqliteOutbox
 
 
 @asynccontextmanager
-async def open_sqlite(path: Path, *, synchronous: str, bounds: Bounds) -> AsyncIterator[SqliteOutbox]:
+async def open_sqlite(
+    path: Path, *, synchronous: str, bounds: Bounds, committed: Committed
+) -> AsyncIterator[SqliteOutbox]:
     """Hold the file and open it; closed again, with all that waits written, on the way out."""
     with held(path) as own:
         backup.remove_stale(own.path)
@@ -28,7 +30,7 @@ async def open_sqlite(path: Path, *, synchronous: str, bounds: Bounds) -> AsyncI
         except sqlite3.Error as error:
             raise translated(error, own.path) from error
         try:
-            outbox = SqliteOutbox(db, own.path, bounds)
+            outbox = SqliteOutbox(db, own.path, bounds, committed)
             await outbox.start(synchronous)
             own.opened()
             async with asyncio.TaskGroup() as tasks:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from relay.outbox import Bounds
+from relay.outbox import Bounds, Size
 
 # Kept free for the outcomes of what was accepted: the log ahead of the file (1,000 pages), and the file's
 # own growth when that is copied over. Of a small disk or bound it is a share.
@@ -25,6 +25,17 @@ class Room:
         self._path = path
         self._bounds = bounds
         self._pending = pending
+
+    def size(self) -> Size:
+        """Say how large the outbox is, by its files' names: only SQLite may open them."""
+        disk = os.statvfs(self._path.parent)
+        return Size(
+            file_bytes=_length(self._path),
+            log_bytes=_length(self._path.with_name(f"{self._path.name}-wal")),
+            used_bytes=self.used_bytes,
+            disk_free_bytes=disk.f_bavail * disk.f_frsize,
+            bounds=self._bounds,
+        )
 
     def refusal(self, more: int = 1) -> str | None:
         """Say in a sentence why so many more deliveries cannot be taken on, if that is so."""
@@ -58,3 +69,10 @@ class Room:
 
 def _reserve(whole: int) -> int:
     return min(RESERVED_BYTES, whole // RESERVED_SHARE)
+
+
+def _length(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -21,6 +21,7 @@ from relay.model import Attempt, Delivery, Health, Receipt, State, Submission, V
 from relay.outbox import (
     Backlog,
     Bounds,
+    Committed,
     Ended,
     FullError,
     KeptEndpoint,
@@ -53,18 +54,19 @@ PROBED_AT_ONCE = 64  # looked at to find one that is not in flight
 class SqliteOutbox:
     """The verbs of `Outbox`; made by `opening.py`."""
 
-    def __init__(self, db: aiosqlite.Connection, path: Path, bounds: Bounds) -> None:
+    def __init__(self, db: aiosqlite.Connection, path: Path, bounds: Bounds, committed: Committed) -> None:
         self._path = path
         self._bounds = bounds
         self._pending: Counter[int] = Counter()  # by the endpoint's number
         self._dead: Counter[int] = Counter()
         self._room = Room(path, bounds, self._pending.total)
-        self._committer = Committer(db, path, self._room, self._settle)
+        self._committer = Committer(db, path, self._room, self._settle, committed)
         self._run = self._committer.run
         self._change = self._committer.change
         self.commit_batches = self._committer.commit_batches
         self.close = self._committer.close
         self.trouble = self._committer.trouble
+        self.size = self._room.size
         self._waiting: dict[str, Waiting] = {}
         self._in_flight: set[tuple[int, int]] = set()
         self._forgotten = 0  # how far the walk over old events has come
