@@ -38,6 +38,7 @@ Around that:
     logs.py       the relay's own log
     about.py      what runs: the versions
     metrics/      what is counted, and how a scrape shows it
+    traces/       what a trace is told of submissions and attempts
     ops/          a dashboard and alert rules of these metrics
     model.py      the words: event, endpoint, delivery, attempt, outcome, verdict
 

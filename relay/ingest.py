@@ -23,6 +23,7 @@ from relay.clock import Clock
 from relay.model import Endpoint, Event, Owed, Receipt, Submission
 from relay.outbox import Outbox
 from relay.subscription import EVENT_TYPE, EVENT_TYPE_LENGTH, OWN_PREFIX, Subscriptions
+from relay.traces import Continued, Traces
 
 LONGEST_KEY = 255
 LONGEST_SLIP = 128  # what is longer is no slip of the pen, and would take long to compare
@@ -91,12 +92,14 @@ class Ingest:
         clock: Clock,
         wake: Callable[[Iterable[str]], None],
         catalogue: Catalogue | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self.subscriptions = subscriptions
         self._catalogue = catalogue or Catalogue([])
         self._outbox = outbox
         self._clock = clock
         self._wake = wake
+        self._traces = traces or Continued()
         self._ids = EventIds()
 
     def subscribe(self, subscriptions: Subscriptions) -> None:
@@ -120,7 +123,8 @@ class Ingest:
                 problems += error.problems
         if problems:
             raise InvalidError(problems)
-        receipts = await self._outbox.accept(submissions)
+        with self._traces.submitting(submissions) as traced:
+            receipts = await self._outbox.accept(traced)
         self._wake({endpoint for receipt in receipts for endpoint in receipt.endpoints})
         return receipts
 

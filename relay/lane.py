@@ -9,7 +9,6 @@ outbox's.
 import asyncio
 import logging
 import math
-import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from relay.outbox import Expired, FullError, Outbox
 from relay.pace import Bucket, Limit
 from relay.report import MakesNews, Reporter
 from relay.retry import JITTER, decide
+from relay.traces import Continued, Traces
 
 log = logging.getLogger("relay.delivery")
 
@@ -57,6 +57,7 @@ class Surroundings:
     wake: Callable[[Iterable[str]], None]
     spread: Callable[[], float] = random.random
     metrics: Metrics = field(default_factory=Metrics)
+    traces: Traces = field(default_factory=Continued)
 
 
 class Lane:
@@ -268,13 +269,14 @@ class Lane:
         if formats.digest(event) != delivery.digest or formats.name(delivery.format) not in formats.FORMATS:
             # A bit that flipped on the disk passes SQLite's own checks; it must not be signed as ours.
             return Outcome(milliseconds=0, reason="body_digest")
-        trace: tuple[tuple[str, str], ...] = ()
-        if event.traceparent is not None:
-            trace = (("traceparent", formats.child(event.traceparent, os.urandom(8))),)
-            if event.tracestate is not None:
-                trace += (("tracestate", event.tracestate),)
-        message = formats.message(event, delivery.format, attempt=number, at_ms=at_ms, trace=trace)
-        return await self._around.sender.send(self.endpoint, message)
+        span = self._around.traces.attempt(self.endpoint, delivery, number, at_ms)
+        outcome = None
+        try:
+            message = formats.message(event, delivery.format, attempt=number, at_ms=at_ms, trace=span.headers)
+            outcome = await self._around.sender.send(self.endpoint, message)
+        finally:
+            span.ended(outcome)
+        return outcome
 
     async def _settle(self, delivery: Delivery, attempt: Attempt, outcome: Outcome, *, probe: bool) -> None:
         """Draw the conclusions from an attempt, at once; then keep them, and tell whoever wants to know."""

@@ -55,6 +55,7 @@ EVENTS: Mapping[str, tuple[str, ...]] = {
     "outcomes_unrecorded": ("unrecorded",),
     "request_failed": ("method", "path", "untold"),
     "request_broken": ("reason",),
+    "traces_off": ("error",),
     "library": ("logger", "message", "untold"),
 }
 

@@ -47,6 +47,7 @@ from relay.retention import forget
 from relay.sender import Sender, open_sender
 from relay.subscription import Subscriptions
 from relay.systemd import ServiceManager
+from relay.traces import Traces, open_traces
 
 log = logging.getLogger("relay")
 
@@ -98,8 +99,9 @@ async def serve(config: Config, path: Path) -> None:
             committed=metrics.committed,
         ) as outbox,
         open_sender(policy=config.egress.policy, version=__version__) as sender,
+        open_traces(os.environ, __version__) as traces,
     ):
-        state, lanes = await join(config, outbox, sender, clock, metrics=metrics)
+        state, lanes = await join(config, outbox, sender, clock, metrics=metrics, traces=traces)
         access = Access(hosts_of(config.server), config.server.tokens)
         manager = ServiceManager(os.environ, clock)
         state.reload = reloader = Reloader(path, config, state, access, manager)
@@ -108,7 +110,7 @@ async def serve(config: Config, path: Path) -> None:
 
 
 async def join(
-    config: Config, outbox: Outbox, sender: Sender, clock: Clock, *, metrics: Metrics
+    config: Config, outbox: Outbox, sender: Sender, clock: Clock, *, metrics: Metrics, traces: Traces
 ) -> tuple[State, Lanes]:
     """Build what stands between the outbox, the sender and the API, and join it."""
     most_sending = attempts_at_once()
@@ -120,6 +122,7 @@ async def join(
         clock=clock,
         wake=lanes.wake,
         catalogue=catalogue,
+        traces=traces,
     )
     around = Surroundings(
         outbox=outbox,
@@ -129,6 +132,7 @@ async def join(
         make_news=ingest.news,
         wake=lanes.wake,
         metrics=metrics,
+        traces=traces,
     )
     endpoints = Endpoints(
         configured=config.endpoints,
