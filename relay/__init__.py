@@ -32,6 +32,7 @@ Around that:
     endpoints.py  the endpoints there are, and how those of the API change
     reload.py     reads the config again while everything goes on
     alike.py      tells whether two readings of an endpoint are the same
+    reach.py      connects to an endpoint and sends nothing: `relay check --connect`
     rehearsal.py  a sample sent now and kept nowhere: the test event
     systemd.py    tells the service manager how the relay stands
     clock.py      what time it is, and waiting for a time

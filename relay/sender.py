@@ -110,9 +110,9 @@ class Sender:
         prepared = self._prepared.get(endpoint.id)
         if prepared is None or prepared.endpoint is not endpoint or prepared.connections.closing:
             try:
-                prepared = await self._prepare(endpoint)
+                prepared = await self.prepare(endpoint)
             except RefusedError as error:
-                return _failed(error, 0)
+                return failed(error, 0)
             except TlsFilesError as error:
                 return _unspent(0, "tls_error", f"{error.key} {error}")
         connections = prepared.connections
@@ -143,7 +143,7 @@ class Sender:
             )
             body = await _excerpt(response)
         except (aiohttp.ClientError, OSError) as error:
-            return _failed(error, _since(started))
+            return failed(error, _since(started))
         except Exception as error:  # one delivery's fault must not end the lane of all the others
             log.exception("attempt_broke", extra={"endpoint": prepared.endpoint.id, "event_id": message.id})
             return Outcome(milliseconds=_since(started), reason="internal_error", detail=type(error).__name__)
@@ -163,7 +163,7 @@ class Sender:
         for connections in self._connections.values():
             await connections.session.close()
 
-    async def _prepare(self, endpoint: Endpoint) -> _Prepared:
+    async def prepare(self, endpoint: Endpoint) -> _Prepared:
         """Do once what would be the same in every attempt. Raises RefusedError, TlsFilesError."""
         problem = egress.check_url(endpoint.url, self.policy)
         if problem is not None:
@@ -289,7 +289,7 @@ _REASONS: tuple[tuple[type[BaseException], str], ...] = (
 )
 
 
-def _failed(error: Exception, milliseconds: int) -> Outcome:
+def failed(error: Exception, milliseconds: int) -> Outcome:
     """Name a failure and say for the operator what happened, without the URL: its query may be secret."""
     cause = error.__cause__
     return Outcome(

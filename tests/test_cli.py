@@ -116,6 +116,10 @@ def test_no_option_takes_a_secret_as_its_value(command):
         (["listen", "--header-scheme", "X-Mine,prefix=a,prefix=b"], "each once"),
         (["listen", "--key", "key.pem"], "a --key is of no use without its --cert"),
         (["listen", "--count", "0"], "'0' is not a whole number"),
+        (["drain", "--timeout", "30"], "'30' is not a duration like 500ms, 30s or 1h30m"),
+        (["drain", "--timeout", "0s"], "'0s' is not a duration"),
+        (["status", "--watch", "--interval", "10ms"], "'10ms' is too short: 200ms at least"),
+        (["completion", "tcsh"], "'tcsh'"),
         (["healthcheck", "--url", "ftp://127.0.0.1"], "http://HOST:PORT"),
         (["healthcheck", "--url", "http://127.0.0.1:x"], "http://HOST:PORT"),
     ],
@@ -132,7 +136,15 @@ def test_a_wrong_call_is_told_in_one_sentence(words, says):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["version"], ["secret", "new"], ["healthcheck"], ["listen", "--help"]]
+    "words",
+    [
+        ["--help"],
+        ["version"],
+        ["secret", "new"],
+        ["healthcheck"],
+        ["listen", "--help"],
+        ["completion", "bash"],
+    ],
 )
 def test_what_needs_no_server_does_not_import_aiohttp(words):
     """Probes and loops call these, and aiohttp alone takes longer than all the rest."""

@@ -7,8 +7,9 @@ to call stands in `commands`; each function there lies in the file of its group.
     arguments     how the values of options are read
     exits         the exit codes
     client        one request to the running relay
-    output        tables for people, JSON for scripts
-    serving, health, secret, ops, version, listen, demo, ask     the commands
+    output, progress     tables for people, JSON for scripts; how far something has come
+    serving, connect, health, secret, ops, version, listen, demo, verify     the commands,
+    ask, status, drain, backup, reload, completion     those for a running relay and its shell
     receiver, verification     the receiver of `listen` and `demo`, and how it verifies
 """
 

@@ -8,7 +8,9 @@ from argparse import ArgumentTypeError
 from typing import NamedTuple
 
 ANSWER = re.compile(r"(?P<status>[^@+]*)(@(?P<number>[0-9]{1,6})(?P<unit>ms|s|m))?(\+(?P<retry>[0-9]{1,9}))?")
-UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0}
+UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+DURATION = re.compile(r"([0-9]{1,9})(ms|s|m|h|d)")
+SHORTEST_INTERVAL_SECONDS = 0.2
 GENERIC = {"prefix": None, "encoding": ("hex", "base64"), "algorithm": ("sha256", "sha512", "sha1")}
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token of RFC 9110
 
@@ -24,6 +26,23 @@ class Answer(NamedTuple):
 def port(text: str) -> int:
     """Read a TCP port; 0 takes any free one."""
     return _between(0, 65535, text)
+
+
+def duration(text: str) -> float:
+    """Read a duration as the config does, `500ms`, `30s`, `1h30m`, into seconds."""
+    parts = DURATION.findall(text)
+    seconds = sum(int(number) * UNITS[unit] for number, unit in parts)
+    if not text or "".join(number + unit for number, unit in parts) != text or seconds <= 0:
+        raise ArgumentTypeError(f"{text!r} is not a duration like 500ms, 30s or 1h30m")
+    return seconds
+
+
+def interval(text: str) -> float:
+    """Read how long to wait between two looks, not shorter than is good for the relay."""
+    seconds = duration(text)
+    if seconds < SHORTEST_INTERVAL_SECONDS:
+        raise ArgumentTypeError(f"{text!r} is too short: 200ms at least")
+    return seconds
 
 
 def count(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Commands that ask a running relay over its API: send, test, status, events, show, replay, endpoints."""
+"""Commands that ask a running relay over its API: send, test, events, show, replay, endpoints."""
 
 import json
 import sys
@@ -19,10 +19,15 @@ def ask(arguments: Namespace, method: str, path: str, content: object = None, **
     status, answer = call(method, path, content, url=arguments.url, **options)
     if status < 400:
         return answer
+    raise refusal(status, answer)
+
+
+def refusal(status: int, answer: Any) -> CommandError:
+    """Put what the relay said into one sentence."""
     problem = answer if isinstance(answer, dict) else {}
     mistakes = [f"{each['pointer']} {each['detail']}" for each in problem.get("errors", [])]
     sentence = "; ".join(mistakes) or str(problem.get("detail") or f"the relay answered {status}")
-    raise CommandError(sentence + (" (the token is taken from $RELAY_TOKEN)" if status == 401 else ""))
+    return CommandError(sentence + (" (the token is taken from $RELAY_TOKEN)" if status == 401 else ""))
 
 
 def send(arguments: Namespace) -> int:
@@ -59,30 +64,6 @@ def test(arguments: Namespace) -> int:
     else:
         show_table(("endpoint", "ok", "status", "milliseconds", "error"), answer["data"])
     return Exit.DONE if all(each["ok"] for each in answer["data"]) else Exit.FAILED
-
-
-def status(arguments: Namespace) -> int:
-    code, answer = call("GET", "/readyz", url=arguments.url)
-    endpoints = ask(arguments, "GET", "/v1/webhooks/settings")["data"]
-    state = "ready" if code == 200 else f"not ready: {answer['detail']}"
-    if arguments.json:
-        show_json({"state": state, "ready": code == 200, "endpoints": endpoints})
-    else:
-        waiting = sum(each["pending"] for each in endpoints)
-        dead = sum(each["dead"] for each in endpoints)
-        print(f"{state}, {waiting} waiting, {dead} dead")
-        if endpoints:
-            columns = (
-                "id",
-                "state",
-                "pending",
-                "dead",
-                "oldest_pending_seconds",
-                "last_success_at",
-                "last_error",
-            )
-            show_table(columns, endpoints)
-    return Exit.DONE if code == 200 else Exit.FAILED
 
 
 def events(arguments: Namespace) -> int:

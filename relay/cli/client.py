@@ -8,7 +8,8 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,13 +39,30 @@ def call(
     A `body` of bytes is sent as it is, anything else as JSON. The answer is JSON, or text where the relay
     answers text. Raises UnreachableError.
     """
-    url = url or os.environ.get("RELAY_URL") or DEFAULT_URL
     content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    with answered(method, path, content, url=url, headers=headers, timeout_seconds=timeout_seconds) as answer:
+        return answer.status, decoded(answer.read())
+
+
+@contextmanager
+def answered(
+    method: str,
+    path: str,
+    content: bytes | None = None,
+    *,
+    url: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout_seconds: float,
+) -> Iterator[http.client.HTTPResponse]:
+    """Ask the relay and hand out its answer, to be read; `timeout_seconds` may pass without a byte.
+
+    What goes wrong with the connection is an UnreachableError, as long as it is handed out.
+    """
+    url = url or os.environ.get("RELAY_URL") or DEFAULT_URL
     connection = connect(url, timeout_seconds)
     try:
         connection.request(method, path, content, {**usual_headers(os.environ), **(headers or {})})
-        answer = connection.getresponse()
-        return answer.status, decoded(answer.read())
+        yield connection.getresponse()
     except TimeoutError:
         raise UnreachableError(url, f"nothing came within {timeout_seconds:g} s") from None
     except OSError as error:

@@ -84,8 +84,16 @@ COMMANDS = (
         name="check",
         does="Check the config and tell every mistake with its line.",
         runs="relay.cli.serving:check",
-        options=(CONFIG, JSON),
-        examples=("relay check", "relay check --config relay.toml --json"),
+        options=(
+            CONFIG,
+            option(
+                "--connect",
+                action="store_true",
+                help="then look each endpoint up, connect and verify its certificate; nothing is sent",
+            ),
+            JSON,
+        ),
+        examples=("relay check --connect", "relay check --config relay.toml --json"),
     ),
     Command(
         name="demo",
@@ -200,9 +208,55 @@ COMMANDS = (
     Command(
         name="status",
         does="Tell how the relay and its endpoints stand.",
-        runs="relay.cli.ask:status",
+        runs="relay.cli.status:status",
+        options=(
+            option("--watch", action="store_true", help="until Ctrl-C, with accepted and delivered a second"),
+            option(
+                "--interval",
+                metavar="DURATION",
+                type=arguments.interval,
+                help="how often --watch looks (default: 1s on a terminal, else 10s)",
+            ),
+            URL,
+            JSON,
+        ),
+        examples=("relay status --watch", "relay status --json"),
+    ),
+    Command(
+        name="drain",
+        does="Wait until nothing is pending, and tell how far it has come.",
+        runs="relay.cli.drain:drain",
+        options=(
+            option(
+                "--timeout",
+                metavar="DURATION",
+                type=arguments.duration,
+                help="give up after this time with exit code 75 (default: never)",
+            ),
+            URL,
+            JSON,
+        ),
+        examples=("relay drain", "relay drain --timeout 5m"),
+    ),
+    Command(
+        name="backup",
+        does="Copy the running relay's outbox into a file, consistent and whole.",
+        runs="relay.cli.backup:backup",
+        options=(
+            option(
+                "file", metavar="FILE", help="where to; a backup there is replaced once the new one is whole"
+            ),
+            URL,
+            JSON,
+        ),
+        examples=("relay backup /var/backups/relay.db", 'relay backup "relay-$(date +%F).db"'),
+    ),
+    Command(
+        name="reload",
+        does="Let the running relay read its config again; one with mistakes changes nothing.",
+        runs="relay.cli.reload:reload",
         options=(URL, JSON),
-        examples=("relay status", "relay status --json"),
+        examples=("relay reload", "relay reload --url unix:/run/relay/relay.sock"),
     ),
     Command(
         name="events",
@@ -287,6 +341,18 @@ COMMANDS = (
         does="Print alert rules for Prometheus, as YAML.",
         runs="relay.cli.ops:alerts",
         examples=("relay ops alerts > relay.rules.yaml", "relay ops alerts | promtool check rules"),
+    ),
+    Command(
+        name="completion",
+        does="Print the script that lets a shell complete the relay's commands and options.",
+        runs="relay.cli.completion:completion",
+        options=(
+            option("shell", metavar="SHELL", choices=("bash", "zsh", "fish"), help="bash, zsh or fish"),
+        ),
+        examples=(
+            "relay completion bash > ~/.local/share/bash-completion/completions/relay",
+            "relay completion zsh > ~/.zfunc/_relay",
+        ),
     ),
     Command(
         name="version",

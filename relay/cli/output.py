@@ -9,12 +9,18 @@ def show_json(content: object) -> None:
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
-    """Print rows under their columns; nothing foreign can move the cursor or break a line."""
+    for line in table(columns, rows):
+        print(line)
+
+
+def table(columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """Write rows under their columns; nothing foreign can move the cursor or break a line."""
     cells = [[printable(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(text) for text in each) for each in zip(columns, *cells, strict=True)]
-    for line in (columns, *cells):
-        padded = (text.ljust(width) for text, width in zip(line, widths, strict=True))
-        print("  ".join(padded).rstrip())
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in (columns, *cells)
+    ]
 
 
 def printable(value: object) -> str:

@@ -5,8 +5,10 @@ import sys
 from argparse import Namespace
 
 from relay.cli.exits import Exit
-from relay.cli.output import show_json
+from relay.cli.output import show_json, show_table
 from relay.config import ConfigError, find, load
+
+COLUMNS = ("endpoint", "ok", "milliseconds", "address", "tls", "certificate_until", "error")
 
 
 def serve(arguments: Namespace) -> int:
@@ -24,17 +26,27 @@ def serve(arguments: Namespace) -> int:
 def check(arguments: Namespace) -> int:
     try:
         path = find(arguments.config, os.environ)
-        count = len(load(path, os.environ).endpoints)
+        config = load(path, os.environ)
     except ConfigError as error:
         if arguments.json:
             show_json({"ok": False, "problems": error.problems})
             return Exit.CONFIG
         return refused(error)
+    met: list[dict[str, object]] | None = None
+    if arguments.connect:
+        from relay.cli.connect import reached
+
+        met = reached(config)
+    ok = all(each["ok"] for each in met or ())
+    count = len(config.endpoints)
     if arguments.json:
-        show_json({"ok": True, "config": str(path), "endpoints": count, "problems": []})
+        told = {"ok": ok, "config": str(path), "endpoints": count, "problems": []}
+        show_json(told if met is None else {**told, "connections": met})
     else:
         print(f"{path}: ok, {count} endpoint{'' if count == 1 else 's'}")
-    return Exit.DONE
+        if met:
+            show_table(COLUMNS, met)
+    return Exit.DONE if ok else Exit.FAILED
 
 
 def refused(error: ConfigError) -> int:
