@@ -14,10 +14,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+from compose_spec import PyCompose
 
 import relay
-from relay.cli import COMMANDS
-from relay.config import load
+from relay.cli import COMMANDS, parser
+from relay.config import Server, load, parse_duration
 from tests.durability.checker import FAULTS
 from tests.process import free_port, relay_process
 from tests.receiver import Receiver
@@ -172,6 +174,53 @@ def test_the_dockerfile_is_clean_and_gives_nothing_away():
     ):
         assert line in text
     assert re.search(r'HEALTHCHECK .*CMD \["relay", "healthcheck"\]', text)
+
+
+def test_the_compose_file_is_one_and_fits_the_image():
+    """Who copies it gets a sidecar that keeps its outbox, writes nowhere else, and has time to stop."""
+    (text,) = block("compose", "yaml")
+    compose = PyCompose.from_yaml(text)
+    compose.validate()
+    plain = yaml.safe_load(text)
+    sidecar, dockerfile = plain["services"]["relay"], (ROOT / "Dockerfile").read_text()
+
+    assert sidecar["network_mode"] == "service:app"
+    assert "app" in plain["services"]
+    assert (sidecar["read_only"], sidecar["cap_drop"]) == (True, ["ALL"])
+    places = dict(each.split(":")[:2][::-1] for each in sidecar["volumes"])
+    assert re.findall(r"^VOLUME (.+)$", dockerfile, re.MULTILINE) == [
+        place for place, name in places.items() if name in plain["volumes"]
+    ]
+    _, _, config = json.loads(re.search(r"^CMD (.+)$", dockerfile, re.MULTILINE)[1])
+    assert config in places
+    assert sidecar["healthcheck"]["test"][:1] == ["CMD"]
+    assert parser().parse_args(sidecar["healthcheck"]["test"][2:]).command.name == "healthcheck"
+    assert set(sidecar["secrets"]) == set(plain["secrets"])
+    server = Server()
+    assert (
+        parse_duration(sidecar["stop_grace_period"]) > server.shutdown_grace_seconds + server.linger_seconds
+    )
+
+
+def test_the_systemd_unit_is_one_and_calls_what_there_is(tmp_path):
+    """Looked at by systemd itself: a misspelled key is a protection that is not there."""
+    (text,) = block("systemd", "ini")
+    calls = re.findall(r"^Exec\w+=/opt/relay/bin/relay (.+)$", text, re.MULTILINE)
+    assert [parser().parse_args(call.split()).command.name for call in calls] == ["serve", "check"]
+    assert "Type=notify" in text
+    assert "ExecReload=/bin/kill -HUP $MAINPID" in text
+    server = Server()
+    stop = float(re.search(r"^TimeoutStopSec=(\d+)$", text, re.MULTILINE)[1])
+    assert stop > server.shutdown_grace_seconds + server.linger_seconds
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("wants systemd-analyze")
+    unit = tmp_path / "relay.service"
+    unit.write_text(text.replace("/opt/relay/bin", str(Path(sys.executable).parent)))
+    told = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (told.returncode, [line for line in told.stderr.splitlines() if "relay" in line]) == (0, [])
 
 
 def test_the_core_dependencies_are_the_four():
