@@ -6,7 +6,8 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_relay_secret_subparsers=(new)
-_shtab_relay_subparsers=(serve check demo listen verify healthcheck send test status drain backup reload events show replay endpoints secret completion version)
+_shtab_relay_ops_subparsers=(grafana alerts)
+_shtab_relay_subparsers=(serve check demo listen verify healthcheck send test status drain backup reload events show replay endpoints secret ops completion version)
 
 _shtab_relay_serve_option_strings=(-h --help --config)
 _shtab_relay_check_option_strings=(-h --help --config --connect --json)
@@ -26,6 +27,9 @@ _shtab_relay_replay_option_strings=(-h --help --endpoint --state --event --since
 _shtab_relay_endpoints_option_strings=(-h --help --overlap --url --json)
 _shtab_relay_secret_new_option_strings=(-h --help --ed25519 --json)
 _shtab_relay_secret_option_strings=(-h --help)
+_shtab_relay_ops_grafana_option_strings=(-h --help)
+_shtab_relay_ops_alerts_option_strings=(-h --help)
+_shtab_relay_ops_option_strings=(-h --help)
 _shtab_relay_completion_option_strings=(-h --help)
 _shtab_relay_version_option_strings=(-h --help --json)
 _shtab_relay_option_strings=(-h --help)
@@ -43,8 +47,9 @@ _shtab_relay_backup_pos_0_COMPGEN=_shtab_compgen_files
 
 _shtab_relay_endpoints_pos_0_choices=(list pause resume remove rotate-secret)
 _shtab_relay_secret_pos_0_choices=(new)
+_shtab_relay_ops_pos_0_choices=(grafana alerts)
 _shtab_relay_completion_pos_0_choices=(bash zsh fish)
-_shtab_relay_pos_0_choices=(serve check demo listen verify healthcheck send test status drain backup reload events show replay endpoints secret completion version)
+_shtab_relay_pos_0_choices=(serve check demo listen verify healthcheck send test status drain backup reload events show replay endpoints secret ops completion version)
 
 _shtab_relay_serve__h_nargs=0
 _shtab_relay_serve___help_nargs=0
@@ -102,6 +107,13 @@ _shtab_relay_secret_new___json_nargs=0
 _shtab_relay_secret_pos_0_nargs=A...
 _shtab_relay_secret__h_nargs=0
 _shtab_relay_secret___help_nargs=0
+_shtab_relay_ops_grafana__h_nargs=0
+_shtab_relay_ops_grafana___help_nargs=0
+_shtab_relay_ops_alerts__h_nargs=0
+_shtab_relay_ops_alerts___help_nargs=0
+_shtab_relay_ops_pos_0_nargs=A...
+_shtab_relay_ops__h_nargs=0
+_shtab_relay_ops___help_nargs=0
 _shtab_relay_completion__h_nargs=0
 _shtab_relay_completion___help_nargs=0
 _shtab_relay_version__h_nargs=0

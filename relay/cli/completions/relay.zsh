@@ -19,6 +19,7 @@ _shtab_relay_commands() {
     events:'List events, newest first.'
     healthcheck:'Tell by the exit code whether the relay is ready, for a container'"'"'s probe.'
     listen:'Receive deliveries on this machine, verify their signatures and print one line for each.'
+    ops:'Print what comes with the relay for Prometheus and Grafana.'
     reload:'Let the running relay read its config again; one with mistakes changes nothing.'
     replay:'Send again one event, or what an endpoint missed.'
     secret:'Make the secrets that deliveries are signed with.'
@@ -31,6 +32,14 @@ _shtab_relay_commands() {
     version:'Print the versions of the relay and of what it runs on.'
   )
   _describe 'relay commands' _commands
+}
+
+_shtab_relay_ops_commands() {
+  local _commands=(
+    alerts:'Print alert rules for Prometheus, as YAML.'
+    grafana:'Print a Grafana dashboard of the relay'"'"'s metrics, as JSON to import.'
+  )
+  _describe 'relay ops commands' _commands
 }
 
 _shtab_relay_secret_commands() {
@@ -143,6 +152,27 @@ _shtab_relay_listen_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_relay_listen_defaults_added=0
+
+_shtab_relay_ops_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_relay_ops_defaults_added=0
+
+_shtab_relay_ops_alerts_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_relay_ops_alerts_defaults_added=0
+
+_shtab_relay_ops_grafana_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_relay_ops_grafana_defaults_added=0
 
 _shtab_relay_reload_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -290,6 +320,7 @@ _shtab_relay() {
         events) _arguments -C -s $_shtab_relay_events_options ;;
         healthcheck) _arguments -C -s $_shtab_relay_healthcheck_options ;;
         listen) _arguments -C -s $_shtab_relay_listen_options ;;
+        ops) _shtab_relay_ops ;;
         reload) _arguments -C -s $_shtab_relay_reload_options ;;
         replay) _arguments -C -s $_shtab_relay_replay_options ;;
         secret) _shtab_relay_secret ;;
@@ -300,6 +331,30 @@ _shtab_relay() {
         test) _arguments -C -s $_shtab_relay_test_options ;;
         verify) _arguments -C -s $_shtab_relay_verify_options ;;
         version) _arguments -C -s $_shtab_relay_version_options ;;
+      esac
+  esac
+}
+
+_shtab_relay_ops() {
+  local context state line curcontext="$curcontext" one_or_more='(*)' remainder='(-)*:' default='*::: :->ops'
+
+  # Add default positional/remainder specs only if none exist, and only once per session
+  if (( ! _shtab_relay_ops_defaults_added )); then
+    if (( ${_shtab_relay_ops_options[(I)${(q)one_or_more}*]} +          ${_shtab_relay_ops_options[(I)${(q)remainder}*]} +          ${_shtab_relay_ops_options[(I)${(q)default}]} == 0 )); then
+      _shtab_relay_ops_options+=(': :_shtab_relay_ops_commands' '*::: :->ops')
+    fi
+    _shtab_relay_ops_defaults_added=1
+  fi
+  _arguments -C -s $_shtab_relay_ops_options
+
+  case $state in
+    ops)
+      words=($line[1] "${words[@]}")
+      (( CURRENT += 1 ))
+      curcontext="${curcontext%:*:*}:_shtab_relay_ops-$line[1]:"
+      case $line[1] in
+        alerts) _arguments -C -s $_shtab_relay_ops_alerts_options ;;
+        grafana) _arguments -C -s $_shtab_relay_ops_grafana_options ;;
       esac
   esac
 }
