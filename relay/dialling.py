@@ -255,6 +255,10 @@ class Connection(ResponseHandler):
             super().data_received(body)
 
     def set_exception(self, *error: BaseException) -> None:
+        """End the connection, and the body that is being read: nothing more of it will come."""
+        body = self._payload
+        if body is not None and not body.is_eof():
+            body.set_exception(aiohttp.ClientPayloadError("the answer is broken"))
         super().set_exception(*error)
         if self.transport is not None:
             self.transport.abort()

@@ -22,7 +22,7 @@ from relay.config.check import WrongValueError, quoted
 from relay.model import Proxy, Secret
 
 _HOST_AND_PORT = re.compile(r"(?:\[(?P<ipv6>[^\]]*)\]|(?P<name>[^:\[\]]*)):(?P<port>[0-9]{1,5})")
-_PROXY = re.compile(r"(?i:http)://(?:(?P<login>[^@/]*)@)?(?P<address>[^@/]+)/?")
+_PROXY = re.compile(r"(?i:http)://(?:(?P<login>[!-.0-?A-~]*)@)?(?P<address>[^@/]+)/?")
 _HOST_NAME = re.compile(r"(?=.{1,253}\Z)(?:(?!-)[A-Za-z0-9-]{1,63}(?<!-)\.)*(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 _SOCKET_PATH_BYTES = 107  # what the address of a unix socket has room for on Linux
 
@@ -88,11 +88,11 @@ def parse_proxy(text: str) -> Proxy:
     if match is None or place is None:
         raise WrongValueError('is not a proxy such as "http://proxy.internal:3128"')
     host = (place["ipv6"] or place["name"]).lower()
-    if not (_is_host(host) if place["ipv6"] is None else _is_ip(host, IPv6Address)):
+    ip = egress.canonical(host)
+    if ip is None and (place["ipv6"] is not None or not _is_host(host)):
         raise WrongValueError("does not name a proxy by a host name or an IP address")
     if not 1 <= int(place["port"]) <= 65535:
         raise WrongValueError("has a port outside 1 to 65535")
-    ip = egress.canonical(host)
     if ip is not None and (reason := egress.judge(str(ip), (ip_network(ip),))) is not None:
         raise WrongValueError(f"is at an address that stays refused whatever the config says ({reason})")
     login = match["login"]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from tests.fuzz import bodies
+from tests.fuzz import answers, bodies, urls
 
 
 class Told(Protocol):
@@ -17,7 +17,13 @@ class Told(Protocol):
 
 
 # Each takes `seed` and either `count` or `seconds`.
-FUZZERS: dict[str, Callable[..., Told]] = {"bodies": bodies.run}
+FUZZERS: dict[str, Callable[..., Told]] = {
+    "addresses": urls.run_addresses,
+    "answers": answers.run,
+    "bodies": bodies.run,
+    "proxies": urls.run_proxies,
+    "urls": urls.run,
+}
 
 
 def main(arguments: list[str]) -> int:
