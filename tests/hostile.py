@@ -131,6 +131,7 @@ HOARD = b"a" * 65536
 DELIVERED: dict[str, Act] = {
     "ok": saying(OK + EMPTY),
     "close": saying(OK + b"Connection: close\r\n" + EMPTY, then="close"),
+    "closes afterwards": saying(OK + EMPTY, then="close"),
     "endless body": flooding(LONG, HOARD),
     "endless chunks": flooding(CHUNKED, b"10000\r\n" + HOARD + b"\r\n"),
     "endless body without length": flooding(OK + b"\r\n", HOARD),

@@ -11,7 +11,9 @@ from relay.egress import Policy
 from relay.lookup import Names
 from relay.model import Proxy, Secret
 from tests.hostile import HostileReceiver, loopback_sender, message, right, to
+from tests.process import RelayProcess, relay_process
 from tests.proxy import ConnectProxy
+from tests.receiver import Receiver
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 CLOSED = Policy()  # no private address: the proxy on loopback is the only one there is
@@ -240,3 +242,43 @@ async def test_plain_http_to_this_machine_takes_no_proxy(proxy):
             outcome = await sender.send(to(f"http://127.0.0.1:{port}/", proxy=by(proxy)), message())
 
     assert (outcome.reason, outcome.unspent, proxy.asked) == ("conn_refused", False, [])
+
+
+def test_events_wait_for_a_proxy_that_is_down_and_use_up_no_attempt(tmp_path):
+    """Through the whole relay: what was accepted meanwhile goes out when the proxy is back, as attempt 1."""
+
+    async def scenario() -> None:
+        async with asyncio.timeout(60), HostileReceiver() as receiver:
+            down = ConnectProxy()
+            async with down:
+                pass
+            Receiver.authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+            config = (
+                f'[delivery]\nretry_schedule = []\ntls_ca_file = "{tmp_path / "ca.pem"}"\n'
+                f'proxy = "http://127.0.0.1:{down.port}"\n'
+                f'[[endpoints]]\nid = "main"\nurl = "{receiver.url("/ok")}"\n'
+                'events = ["*"]\nsecret = "s3cret"\n'
+            )
+            with relay_process(tmp_path, config) as relay:
+                answer = await asyncio.to_thread(relay.call, "POST", "/v1/events", {"event": "a", "data": {}})
+                event = f"/v1/events/{answer[1]['id']}"
+                while "attempt_unspent" not in relay.log:
+                    await asyncio.sleep(0.05)
+                waiting = (await asyncio.to_thread(relay.call, "GET", event))[1]["deliveries"][0]
+                async with down:
+                    while not receiver.requests:
+                        await asyncio.sleep(0.05)
+                    async with asyncio.timeout(5):
+                        while (await delivery(relay, event))["state"] != "delivered":
+                            await asyncio.sleep(0.05)
+                done = await delivery(relay, event)
+
+        assert (waiting["state"], waiting["attempts"]) == ("pending", [])
+        assert [(each["number"], each["status"]) for each in done["attempts"]] == [(1, 200)]
+        assert receiver.requests[0].headers["webhook-attempt"] == "1"
+
+    asyncio.run(scenario())
+
+
+async def delivery(relay: RelayProcess, event: str) -> dict:
+    return (await asyncio.to_thread(relay.call, "GET", event))[1]["deliveries"][0]
