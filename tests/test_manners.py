@@ -636,6 +636,22 @@ async def test_what_was_replayed_and_failed_under_a_wrong_clock_is_not_stuck(wor
         assert await world.states() == {"delivered": 1}
 
 
+async def test_a_clock_set_back_sends_no_retry_of_a_replayed_delivery_early(world):
+    """Brought forward as too late, it must not be brought forward once more as a replay of the future."""
+    async with world.running(watching=True):
+        await world.accept("a")
+        await world.settle()
+        world.rules["main"] = always(FAILED)
+        await replay(world, State.DELIVERED)
+        await world.pass_(seconds=HOUR)
+        count = len(world.sent)
+        world.clock.set(seconds=-30 * DAY)
+        await world.pass_(seconds=3 * HOUR)
+        assert len(world.sent) == count, "the third retry is five hours after the second"
+        await world.pass_(seconds=3 * HOUR)
+        assert len(world.sent) == count + 1
+
+
 async def test_a_replay_at_a_rate_keeps_its_distances_when_the_clock_jumps(world):
     async with world.running(watching=True):
         await world.accept(*"abcdef")

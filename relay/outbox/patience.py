@@ -72,7 +72,7 @@ def expire(
 
 
 TOO_LATE = (
-    "UPDATE deliveries SET due = ? WHERE endpoint = ? AND state = 0 AND event IN"
+    "UPDATE deliveries SET due = ?, since = min(since, ?) WHERE endpoint = ? AND state = 0 AND event IN"
     " (SELECT event FROM deliveries AS d"
     " WHERE endpoint = ? AND state = 0 AND held = 0 AND due > ? AND (since IS NULL OR EXISTS"
     " (SELECT 1 FROM attempts AS a WHERE a.event = d.event AND a.endpoint = d.endpoint"
@@ -88,7 +88,7 @@ REPLAYED = (
 
 def advance(db: sqlite3.Connection, number: int, now_ms: int, latest_ms: int) -> bool:
     """Bring forward what is due later than can be by rights; True if more may be left."""
-    late = db.execute(TOO_LATE, (latest_ms, number, number, latest_ms, STEP)).rowcount
+    late = db.execute(TOO_LATE, (latest_ms, now_ms, number, number, latest_ms, STEP)).rowcount
     behind = (now_ms, now_ms, number, number, now_ms, now_ms + TOLERATED_MS, STEP)
     return max(late, db.execute(REPLAYED, behind).rowcount) == STEP
 
