@@ -148,7 +148,7 @@ def test_commands_that_ask_start_at_once():
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
 
-    for arguments in (*ASKING, ["--help"]):
+    for arguments in (["--help"], ["status"], ["drain"], ["backup", "/tmp/none"], ["reload"]):  # noqa: S108
         took = []
         for _ in range(3):
             before = cpu_seconds()
