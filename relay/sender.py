@@ -171,7 +171,7 @@ class Sender:
         url = URL(endpoint.url, encoded=True)  # exactly as it was given
         way = self._way(endpoint, plain=url.scheme == "http")
         before = self._prepared.pop(endpoint.id, None)
-        if before is not None and (before.url != url or before.way != way):
+        if before is not None and (before.url != url or before.way != way) and not self._is_used(before.way):
             await self._retire(before.way)  # what led elsewhere, or trusted others, is not used again
         headers = CIMultiDict({"User-Agent": self._user_agent, "Accept-Encoding": "identity"})
         headers.update((name, value.reveal()) for name, value in endpoint.headers)
@@ -218,6 +218,10 @@ class Sender:
 
     def _is_own(self, address: str, port: int) -> bool:
         return listens(address, port, self.own_addresses)
+
+    def _is_used(self, way: Way) -> bool:
+        """Tell whether an endpoint goes this way; another one's change must not cost it its connections."""
+        return any(each.way == way for each in self._prepared.values())
 
     async def _retire(self, way: Way) -> None:
         """Use the connections of a way no more, as soon as no attempt is under way on them."""

@@ -322,6 +322,8 @@ KNOWN = {
     ("dialling.py", "ClientSession"): "to receivers, judged by the guard",
     ("dialling.py", "TCPConnector"): "its connector",
     ("dialling.py", "connect"): "a datagram socket that sends nothing",
+    ("reach.py", "connect"): "of the same connector, for a look that sends nothing",
+    ("systemd.py", "sendto"): "to the unix socket of the service manager",
     ("serve.py", "connect_ex"): "to the unix socket of another relay, to see whether it lives",
     ("client.py", "HTTPConnection"): "of the command line, to the relay",
     ("client.py", "connect"): "of the command line, to the relay",

@@ -115,8 +115,9 @@ async def test_reloads_under_load_lose_nothing_and_leave_other_endpoints_connect
                 added = await reload(relay, steady + endpoint("other", other.url, **secret))
                 assert added == NOTHING | {"added": ["other"]}
                 await other.wait_for(3 * (round_ + 1))
-                changed = steady + endpoint("other", other.url, **secret, rate='"500/s"')
-                assert await reload(relay, changed) == NOTHING | {"changed": ["other"]}
+                moved = steady + endpoint("other", f"{other.url}/{round_}", **secret, rate='"500/s"')
+                assert await reload(relay, moved) == NOTHING | {"changed": ["other"]}
+                await other.wait_for(len(other.requests) + 2)
                 removed = await reload(relay, steady)
                 assert removed == NOTHING | {"removed": ["other"], "cancelled": removed["cancelled"]}
             over.set()
