@@ -28,6 +28,7 @@ from relay.cli.drain import how_far, roughly
 from relay.cli.status import Rates, counts
 from tests.completion import SHELLS, script
 from tests.process import RelayProcess, free_port, relay_process
+from tests.proxy import ConnectProxy
 from tests.receiver import Answer, Receiver, server_ssl
 
 SECRET = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
@@ -126,10 +127,36 @@ async def test_drain_ends_when_everything_has_arrived_and_shows_how_far_it_is(tm
                 assert await asyncio.to_thread(shown.process.wait, 10) == 0
             assert re.search(r"\r\d+ pending, [\d.]+/s, about \ds left\x1b\[K", text)
             assert len(receiver.requests) == 8
+            await watched_rates(process)
             done = await asyncio.to_thread(relay, "drain", "--json", RELAY_URL=process.url)
             assert json.loads(done.stdout) == {
                 "drained": True, "pending": 0, "endpoints": {}, "seconds": pytest.approx(0, abs=5),
             }  # fmt: skip
+
+
+async def watched_rates(process: RelayProcess) -> None:
+    """Post until `status --watch` says how much that is, and how much has arrived."""
+    words = ("status", "--watch", "--json", "--interval", "200ms")
+    watching = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "relay", *words,
+        stdout=asyncio.subprocess.PIPE, env=environment(RELAY_URL=process.url),
+    )  # fmt: skip
+    try:
+        async with asyncio.timeout(20):
+            rates: tuple[float | None, ...] = (None,)
+            while not all(rates):
+                await asyncio.to_thread(process.call, "POST", "/v1/events", {"event": "a.b", "data": {}})
+                told = json.loads(await watching.stdout.readline())
+                (main,) = told["endpoints"]
+                rates = (
+                    told["accepted_per_second"], told["delivered_per_second"], main["delivered_per_second"],
+                )  # fmt: skip
+            watching.send_signal(signal.SIGINT)
+            assert await watching.wait() == 130
+    finally:
+        if watching.returncode is None:
+            watching.kill()
+            await watching.wait()
 
 
 def test_drain_gives_up_in_time_with_75_and_says_what_is_left(running):
@@ -190,8 +217,8 @@ def test_watch_prints_at_intervals_where_nothing_can_be_redrawn(running):
     assert "\x1b" not in text
 
 
-def test_watch_counts_by_the_second_and_outlives_the_relay(tmp_path):
-    """Restarts are what it is watched through; each line is one object for a script."""
+def test_watch_prints_objects_for_a_script_and_outlives_the_relay(tmp_path):
+    """Restarts are what it is watched through."""
     with relay_process(tmp_path, NOBODY) as process:
         command = [sys.executable, "-m", "relay", "status", "--watch", "--json", "--interval", "200ms"]
         watching = subprocess.Popen(
@@ -338,13 +365,15 @@ async def test_check_connect_says_what_each_endpoint_met_and_sends_nothing(tmp_p
     """Before the first event: a certificate, a name or a firewall that will not do is found by asking."""
     untrusted = Receiver()
     untrusted._ssl = server_ssl("127.0.0.1", trustme.CA())
-    async with Receiver() as receiver, untrusted:
+    async with Receiver() as receiver, untrusted, ConnectProxy() as proxy:
         config = tmp_path / "relay.toml"
         good = endpoint("good", receiver.url)
         config.write_text(
             '[egress]\nallow_private = ["127.0.0.0/8"]\n' + good + endpoint("stranger", untrusted.url)
             + endpoint("nobody", "https://127.0.0.1:9/") + endpoint("inside", "https://10.0.0.1/")
             + endpoint("unknown", "https://relay.invalid/") + endpoint("itself", "https://127.0.0.1:8484/")
+            + endpoint("behind", receiver.url, proxy=f'"http://127.0.0.1:{proxy.port}"')
+            + endpoint("no-proxy", receiver.url, proxy='"http://127.0.0.1:9"')
         )  # fmt: skip
         authority = tmp_path / "authority.pem"
         authority.write_bytes(receiver.authority.cert_pem.bytes())
@@ -356,7 +385,7 @@ async def test_check_connect_says_what_each_endpoint_met_and_sends_nothing(tmp_p
         assert (done.returncode, told["ok"]) == (1, False)
         assert met == {
             "good": "ok", "stranger": "tls_cert", "nobody": "conn_refused", "inside": "blocked_address",
-            "unknown": "dns_error", "itself": "blocked_address",
+            "unknown": "dns_error", "itself": "blocked_address", "behind": "ok", "no-proxy": "unreachable",
         }  # fmt: skip
 
         config.write_text('[egress]\nallow_private = ["127.0.0.0/8"]\n' + good)
@@ -364,6 +393,7 @@ async def test_check_connect_says_what_each_endpoint_met_and_sends_nothing(tmp_p
         assert (done.returncode, done.stderr) == (0, "")
         assert re.search(r"good +yes +\d+ +127\.0\.0\.1 +TLSv1\.3 +\d{4}-\S+Z +-\n", done.stdout)
         assert receiver.requests == untrusted.requests == []
+        assert proxy.asked == [f"CONNECT 127.0.0.1:{receiver.port}"]
 
 
 # completion
