@@ -38,7 +38,9 @@ def types() -> None:
 
 def tests() -> None:
     run(BIN / "coverage", "erase")
-    run(BIN / "pytest", "--cov", "--cov-report=term", "--cov-fail-under=90")
+    # More than there are cores: most tests wait for processes and sockets most of the time.
+    workers = ("--numprocesses", str(1 + (os.cpu_count() or 1)), "--dist", "worksteal")
+    run(BIN / "pytest", *workers, "--cov", "--cov-report=term", "--cov-fail-under=90")
 
 
 def wheel() -> None:

@@ -12,6 +12,11 @@ def figure(name: str, value: object) -> None:
     _figures[name] = f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def all() -> dict[str, str]:  # noqa: A001 - read as figures.all()
+    """Return what was told so far, by name."""
+    return dict(_figures)
+
+
 def table() -> list[str]:
     """Return a line for each figure, in the order of their names."""
     width = max(map(len, _figures), default=0)

@@ -7,7 +7,6 @@ fresh outbox or the bare handler. What a round measures is the business of `figu
 import asyncio
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import trustme
 
 from tests.bench.processes import Running, UnmeasuredError, started
+from tests.process import free_port
 
 SECRET = "whsec_" + "c2VjcmV0IG9mIHRoZSBiZW5jaG1hcmsgb25seQ=="
 CONFIG = """
@@ -196,11 +196,6 @@ async def is_ready(port: int) -> bool:
 
 def python(module: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", module, *arguments)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def disk() -> Path:
