@@ -4,13 +4,15 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 
+import aiohttp
 import pytest
 import uvloop
 
+from relay.dialling import ProxyGuard, RefusedError, Way
 from relay.egress import Policy
 from relay.lookup import Names
 from relay.model import Proxy, Secret
-from tests.hostile import HostileReceiver, loopback_sender, message, right, to
+from tests.hostile import LOOPBACK, HostileReceiver, loopback_sender, message, right, to
 from tests.process import RelayProcess, relay_process
 from tests.proxy import ConnectProxy
 from tests.receiver import Receiver
@@ -200,6 +202,27 @@ async def test_the_proxy_alone_is_exempt_from_the_guard(receiver, proxy, host):
 
     assert (through.reason, direct.reason) == (None, "blocked_address")
     assert len(receiver.requests) == 1
+
+
+async def test_nothing_but_the_proxy_is_dialled_on_its_endpoints_way():
+    """Whatever a later client library makes of a redirect or an alternative address, it leads nowhere."""
+    names = names_of({"proxy.example": ["10.0.0.1"]})
+    proxy = by(3128, host="proxy.example")
+    guard = ProxyGuard(
+        Way(allow=LOOPBACK.allow_private, proxy=proxy), proxy, names, lambda address, port: False
+    )
+    await guard.resolve("proxy.example", 3128)
+
+    guard.dial(tcp("10.0.0.1", 3128)).close()
+    for address, port in (("10.0.0.1", 443), ("10.0.0.2", 3128), ("127.0.0.1", 3128), ("8.8.8.8", 443)):
+        with pytest.raises(RefusedError):
+            guard.dial(tcp(address, port))
+    with pytest.raises(RefusedError):
+        await guard.resolve("other.example", 3128)
+
+
+def tcp(address: str, port: int) -> aiohttp.AddrInfoType:
+    return (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, port))
 
 
 @pytest.mark.parametrize("address", ["169.254.169.254", "fe80::1", "224.0.0.1", "0.0.0.0"])  # noqa: S104
