@@ -147,15 +147,16 @@ class Names:
 
     def _run(self, look_up: _LookUp) -> None:
         """Ask, in a thread."""
-        result: Sequence[str] | OSError
+        result: Sequence[str] | OSError = socket.gaierror(socket.EAI_FAIL, "the look-up broke")
         try:
             result = self._ask(look_up.host)
         except OSError as error:
             result = error
         except UnicodeError:  # no resolver would know it either
             result = socket.gaierror(socket.EAI_NONAME, "not a name that can be looked up")
-        with suppress(RuntimeError):  # the loop has ended, and with it whoever wanted to know
-            look_up.loop.call_soon_threadsafe(self._take, look_up, result)
+        finally:
+            with suppress(RuntimeError):  # the loop has ended, and with it whoever wanted to know
+                look_up.loop.call_soon_threadsafe(self._take, look_up, result)
 
     def _take(self, look_up: _LookUp, result: Sequence[str] | OSError) -> None:
         """Keep an answer, and tell those who wait for it."""

@@ -204,6 +204,23 @@ async def test_what_no_resolver_could_be_asked_is_a_failed_look_up():
         await Names().addresses("a" * 64 + ".example")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_look_up_that_breaks_gives_its_place_back():
+    """A fault of our own must not use up, one by one, the few places there are."""
+
+    def ask(host: str) -> Sequence[str]:
+        if host == "good.example":
+            return ["192.0.2.1"]
+        raise ZeroDivisionError
+
+    names = Names(ask)
+    for number in range(2 * AT_ONCE):
+        with pytest.raises(OSError, match="broke"):
+            await names.addresses(f"bad-{number}.example")
+
+    assert await names.addresses("good.example") == ("192.0.2.1",)
+
+
 async def test_what_is_remembered_is_bounded(resolver, monkeypatch):
     """Endpoints of the API may name a new host every second."""
     monkeypatch.setattr(lookup, "_KEPT_NAMES", 10)
