@@ -235,14 +235,19 @@ class Lane:
 
     async def _attempt(self, delivery: Delivery, *, probe: bool) -> None:
         number = delivery.attempts + 1
+        outcome = None
         try:
             async with self._around.connections:
                 at_ms, begun = self._clock.now_ms(), self._clock.monotonic()
-                outcome = await self._outcome(delivery, number, at_ms)
+                if self._may_begin(at_ms, probe=probe):
+                    outcome = await self._outcome(delivery, number, at_ms)
         finally:
             self.sending -= 1
             self._probing = self._probing and not probe
             self._wake.set()
+        if outcome is None:
+            await self._hand_back([delivery])
+            return
         if outcome.unspent:
             self._rest_until_ms = self._clock.now_ms() + UNSPENT_REST_MS
             self._reporter.unspent(delivery, number, outcome)
@@ -263,6 +268,16 @@ class Lane:
         if self._claimed.get(delivery.handle) is delivery:
             del self._claimed[delivery.handle]
         self._wake.set()  # there may be a new due time to sleep for
+
+    def _may_begin(self, now_ms: int, *, probe: bool) -> bool:
+        """Tell whether what was claimed may still go out: it may have waited long for a connection."""
+        standing = Standing.DOWN if probe else Standing.UP
+        return (
+            not self._stopping()
+            and not self._paused
+            and self.health.standing is standing
+            and self.health.not_before_ms <= now_ms
+        )
 
     async def _outcome(self, delivery: Delivery, number: int, at_ms: int) -> Outcome:
         event = delivery.event

@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 import pytest
 
 from relay.delivery import Lanes
-from relay.model import Endpoint, State
+from relay.model import Endpoint, Outcome, State
 from relay.outbox import Backlog
 from tests.clock import START_MS, MovedClock
-from tests.lanes import REFUSED, ScriptedSender, endpoint, make_lanes, until
+from tests.lanes import OK, REFUSED, ScriptedSender, endpoint, make_lanes, until
 from tests.test_outbox import submission as bare_submission
 
 
@@ -123,6 +123,37 @@ async def test_all_lanes_together_attempt_no_more_than_there_are_descriptors_for
         lanes.stop(1.0)
     assert sender.most_at_once == 3
     assert {message.attempt for message in sender.messages} == {1}
+
+
+@pytest.mark.parametrize("meanwhile", ["paused", "gone", "asked for time", "stopped"])
+async def test_what_waited_for_a_connection_is_not_sent_if_it_may_not_any_more(
+    outbox, sender, clock, meanwhile
+):
+    """With few descriptors a claimed delivery waits for seconds, and an endpoint may be paused meanwhile."""
+    answers = {
+        "gone": Outcome(milliseconds=3, status=410, reason="http_410"),
+        "asked for time": Outcome(milliseconds=3, status=503, reason="http_503", retry_after="60"),
+    }
+    sender.outcomes = [answers.get(meanwhile, OK)]
+    sender.open.clear()
+    lanes = make_lanes(outbox, sender, clock, connections=asyncio.Semaphore(1))
+    await lanes.keep(endpoint(), paused=False)
+    await outbox.accept([submission("a", "main"), submission("b", "main"), submission("c", "main")])
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(lanes.run())
+        await until(lambda: sender.sending == 1 and len(outbox._in_flight) == 3)
+        if meanwhile == "paused":
+            await lanes.keep(endpoint(), paused=True)
+        if meanwhile == "stopped":
+            lanes.stop(5.0)
+        sender.open.set()
+        await until(lambda: not outbox._in_flight)
+        await asyncio.sleep(0.02)
+        sent = [message.id for message in sender.messages]
+        lanes.stop(0.0)
+    assert sent == ["evt_a"]
+    left = [story.deliveries[0] for story in [await outbox.story("evt_b"), await outbox.story("evt_c")]]
+    assert [(each.state, each.attempts) for each in left] == [(State.PENDING, ())] * 2
 
 
 async def test_one_endpoint_that_hangs_does_not_hold_another(outbox, run_lanes, sender):
