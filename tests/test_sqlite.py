@@ -88,6 +88,14 @@ async def test_another_name_of_the_same_outbox_is_the_same_outbox(path):
             raise AssertionError
 
 
+async def test_a_folder_in_the_place_of_the_outbox_is_called_one(path):
+    """It is what a container's engine makes of a mount whose file is missing; it has no hard link."""
+    path.mkdir()
+    with pytest.raises(DamagedError, match="is a folder or a device, not a file"):
+        async with open_outbox(path):
+            raise AssertionError
+
+
 async def test_a_newer_schema_is_refused_and_not_touched(path):
     async with open_outbox(path):
         pass

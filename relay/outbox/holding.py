@@ -33,6 +33,9 @@ def held(outbox: Path) -> Iterator["Held"]:
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         if broke_off:
             _refuse_without_log(path, lock, descriptor)
+        if path.exists() and not path.is_file():
+            # What a container's engine makes where a single file was to be mounted that is not there.
+            raise DamagedError(f"{path} is a folder or a device, not a file: check outbox.path and mounts")
         if path.exists() and path.stat().st_nlink > 1:
             raise DamagedError(
                 f"{path} has another name too (a hard link), by which another relay could hold it"
