@@ -19,7 +19,7 @@ from relay import egress
 from relay.clock import Clock
 from relay.config import DeliverySettings, SettingsError
 from relay.delivery import Lanes
-from relay.endpoints import ConflictError, Endpoints, Registered, UnknownEndpointError, compared
+from relay.endpoints import Changes, ConflictError, Endpoints, Registered, UnknownEndpointError, compared
 from relay.ingest import Draft, Ingest, InvalidError
 from relay.model import Endpoint, Message, Outcome, Receipt, State
 from relay.outbox import Backlog, Ended, FullError, Outbox
@@ -711,3 +711,38 @@ async def test_an_endpoint_of_private_keys_is_given_a_private_key(outbox, clock)
         registered, _ = await here.endpoints.put(values | {"signatures": ["standard-ed25519"]})
         _, secret = await here.endpoints.rotate(registered.endpoint.id, 3600.0)
     assert secret.startswith("whsk_")
+
+
+async def test_a_new_config_that_cannot_be_written_down_changes_nothing(here, monkeypatch):
+    """Half of a config in force would be a third one, which nobody wrote."""
+    before, subscribed = here.endpoints.all(), here.ingest.subscriptions
+
+    async def full(_endpoint):
+        raise FullError("there is no room")
+
+    with monkeypatch.context() as patch, pytest.raises(FullError):
+        patch.setattr(here.outbox, "keep_endpoint", full)
+        await here.endpoints.reload(
+            configured=[endpoint("main", events=("a.*",)), endpoint("new", events=("*",))],
+            defaults=DeliverySettings(timeout_seconds=1.0),
+            policy=egress.Policy(ports=frozenset({1})),
+        )
+
+    assert here.endpoints.all() == before
+    assert here.ingest.subscriptions is subscribed
+    made, _ = await here.endpoints.put(settings())
+    assert made.endpoint.timeout_seconds == DeliverySettings().timeout_seconds
+
+
+async def test_an_endpoint_that_is_the_same_in_a_new_config_stays_the_very_same(here):
+    """What was prepared for it, its connections and its pace, is kept; a secret is a difference too."""
+    (main,) = here.endpoints.all()
+    rules = {"defaults": DeliverySettings(), "policy": egress.Policy()}
+
+    changes = await here.endpoints.reload(configured=[endpoint("main", events=("*",))], **rules)
+    assert here.endpoints.get("main").endpoint is main.endpoint
+    assert changes == Changes(added=(), changed=(), removed=(), cancelled={}, aside=())
+
+    changes = await here.endpoints.reload(configured=[endpoint("main", events=("b.*",))], **rules)
+    assert changes.changed == ("main",)
+    assert (await here.post("post.published")).endpoints == ()
