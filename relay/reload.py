@@ -9,10 +9,12 @@ import logging
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
+from threading import Thread
 
 from relay import logs
 from relay.api.guard import LOOPBACK_HOSTS, Access
@@ -34,6 +36,7 @@ FIXED = (
     "outbox.max_size",
     "outbox.max_pending",
 )
+LONGEST_READ_SECONDS = 30.0
 MOST_TOLD = 1000  # mistakes in one line of the log
 
 
@@ -49,6 +52,7 @@ class Reloader:
         self.access = access
         self.manager = manager
         self._one_at_a_time = asyncio.Lock()
+        self._reading: Thread | None = None
 
     async def __call__(self) -> Reloaded:
         """Put the config as it is now into force; what is raised instead is told in the log.
@@ -88,8 +92,7 @@ class Reloader:
         if self.state.unready is not None:
             raise StoppingError(self.state.unready)
         self.manager.reloading()
-        # In a thread: files of secrets may lie on a slow disk, and schemas are compiled.
-        told = await asyncio.to_thread(load, self.path, os.environ)
+        told = await self._read()
         config, needs_restart = fitted(told, self.config)
         # First, for an endpoint that is new may be sent to at once.
         await self._follow(config)
@@ -110,6 +113,24 @@ class Reloader:
         tell_changes(changes.cancelled, changes.aside)
         return Reloaded(changes=changes, needs_restart=needs_restart)
 
+    async def _read(self) -> Config:
+        """Read the config in a thread: schemas are compiled, and files of secrets may be far away.
+
+        A thread of our own, because for one that hangs neither a stop nor the next reload may wait.
+        """
+        if self._reading is not None and self._reading.is_alive():
+            raise ConfigError((f"{self.path}: what it names is still being read, since the last reload",))
+        config = Future[Config]()
+        config.set_running_or_notify_cancel()
+        self._reading = Thread(target=read, args=(self.path, config), name="reload", daemon=True)
+        self._reading.start()
+        try:
+            async with asyncio.timeout(LONGEST_READ_SECONDS):
+                return await asyncio.wrap_future(config)
+        except TimeoutError:
+            problem = f"{self.path}: what it names was not read within {LONGEST_READ_SECONDS:g} s"
+            raise ConfigError((problem,)) from None
+
     async def _follow(self, config: Config) -> None:
         """Send by this policy from now on; the connections of everyone are kept if it is the same."""
         if self.state.sender.policy != config.egress.policy:
@@ -125,6 +146,13 @@ class Reloader:
         self.state.max_event_size = config.server.max_event_size
         self.access.change(hosts_of(config.server), config.server.tokens)
         logs.configure(config.logging.level, config.logging.format)
+
+
+def read(path: Path, config: Future[Config]) -> None:
+    try:
+        config.set_result(load(path, os.environ))
+    except BaseException as error:  # noqa: BLE001 - whoever waits for it is told
+        config.set_exception(error)
 
 
 def fitted(told: Config, running: Config) -> tuple[Config, tuple[str, ...]]:

@@ -73,7 +73,6 @@ class ListenError(Exception):
 def run(config: Config, path: Path) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code of contract section 9."""
     logs.configure(config.logging.level, config.logging.format)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     os.umask(0o077)  # whatever the relay writes is the relay's alone
     resource.setrlimit(
         resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1])

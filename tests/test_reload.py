@@ -4,12 +4,13 @@ An operator reloads at the worst of times; whoever is not meant by the change mu
 """
 
 import asyncio
+import contextlib
 import json
 import os
-import re
 import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from aiohttp import web
@@ -332,7 +333,7 @@ async def test_a_relay_that_is_stopping_reloads_nothing_and_stops_as_it_would_ha
     tmp_path, receiver, trusted
 ):
     """A rolling deployment sends both; what is in flight gets its grace all the same."""
-    receiver.answers(Answer(200, delay=1.5))
+    receiver.answers(Answer(200, delay=1.0))
     with relay_process(tmp_path, endpoint("main", receiver.url), trusted) as relay:
         await post(relay)
         await receiver.wait_for(1)
@@ -349,19 +350,27 @@ async def test_a_relay_that_is_stopping_reloads_nothing_and_stops_as_it_would_ha
         }
 
 
-async def test_signals_while_it_starts_do_not_end_it(tmp_path):
-    """A terminal that closes or an impatient tool sends SIGHUP when there is nothing yet to reload."""
-    with relay_process(tmp_path, "", start=False) as relay:
+async def test_a_signal_while_it_starts_does_not_end_it_and_a_reload_that_hangs_does_not_keep_it(tmp_path):
+    """A terminal that closes while secrets are fetched, and a place of secrets that has gone away since."""
+    secret = tmp_path / "secret"
+    os.mkfifo(secret)
+    config = endpoint("main", "https://127.0.0.1:9/", secret=f'"${{file:{secret}}}"')
+    with relay_process(tmp_path, config, start=False) as relay:
         async with asyncio.TaskGroup() as tasks:
-            starting = tasks.create_task(asyncio.to_thread(relay.start))
-            await until(lambda: relay.process is not None and is_deaf_to_hangups(relay.process.pid))
-            while not starting.done():
-                os.kill(relay.process.pid, signal.SIGHUP)
-                await asyncio.sleep(0.01)
-        assert relay.stop() == 0
+            tasks.create_task(asyncio.to_thread(relay.start))
+            with await read_by(secret) as fed:
+                for _ in range(3):
+                    os.kill(relay.process.pid, signal.SIGHUP)
+                fed.write(OLD.encode())
+        os.kill(relay.process.pid, signal.SIGHUP)
+        with await read_by(secret):
+            assert relay.stop() == 0
 
 
-def is_deaf_to_hangups(pid: int) -> bool:
-    """Tell whether a process ignores or handles SIGHUP."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return any(int(mask, 16) & 1 for mask in re.findall(r"Sig(?:Ign|Cgt):\s+(\w+)", status))
+async def read_by(pipe: Path) -> BinaryIO:
+    """Open a pipe for writing as soon as the relay reads from it."""
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.suppress(OSError):
+                return os.fdopen(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), "wb")
+            await asyncio.sleep(0.02)

@@ -1,6 +1,7 @@
 """`relay serve` and `relay check`: the config is read, and served or judged."""
 
 import os
+import signal
 import sys
 from argparse import Namespace
 
@@ -12,6 +13,7 @@ COLUMNS = ("endpoint", "ok", "milliseconds", "address", "tls", "certificate_unti
 
 
 def serve(arguments: Namespace) -> int:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     try:
         path = find(arguments.config, os.environ)
         config = load(path, os.environ)
