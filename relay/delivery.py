@@ -47,6 +47,8 @@ class Lanes:
     async def drop(self, endpoint: str) -> None:
         """Deliver no more to an endpoint; what is in flight is cut off and handed back."""
         lane = self._lanes.pop(endpoint)
+        if self._tasks is None:  # nothing was begun, and it is not there any more when all begin
+            return
         lane.stop(0)
         await lane.ended.wait()
 

@@ -198,6 +198,17 @@ async def test_a_lane_can_come_and_go_while_others_run(outbox, sender, run_lanes
     assert await pending(outbox, "other") == Backlog(pending=1, dead=0)
 
 
+async def test_a_lane_that_goes_before_any_began_is_not_waited_for(outbox, sender, clock):
+    """A SIGHUP during the start may take an endpoint away; whoever waited would wait for ever."""
+    lanes = make_lanes(outbox, sender, clock)
+    await lanes.keep(endpoint(), paused=False)
+    async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+        await lanes.drop("main")
+        tasks.create_task(lanes.run())
+        await asyncio.sleep(0.02)
+        lanes.stop(0.0)
+
+
 async def test_a_stop_waits_for_what_is_in_flight(outbox, sender, run_lanes):
     sender.open.clear()
     await outbox.accept([submission(f"{n}") for n in range(10)])
