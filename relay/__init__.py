@@ -23,10 +23,12 @@ An application posts an event on localhost.
     health.py     and how the endpoint stands: up, down, gone
     report.py     says so in the log, and to whoever subscribed to the relay's own events
     retention.py  forgets what is old and over
+    recent.py     counts what happened lately, for whoever looks
 
 Around that:
 
     __main__.py, cli/  the command line, the only place that prints
+    page/         the status page: what it shows, its style and its script
     serve.py      builds and joins all of these; starts downwards, stops upwards
     config/       a TOML file in, frozen objects out
     endpoints.py  the endpoints there are, and how those of the API change

@@ -22,6 +22,7 @@ from relay.catalogue import Catalogue
 from relay.clock import Clock
 from relay.model import Endpoint, Event, Owed, Receipt, Submission
 from relay.outbox import Outbox
+from relay.recent import Recent
 from relay.subscription import EVENT_TYPE, EVENT_TYPE_LENGTH, OWN_PREFIX, Subscriptions
 from relay.traces import Continued, Traces
 
@@ -95,6 +96,7 @@ class Ingest:
         traces: Traces | None = None,
     ) -> None:
         self.subscriptions = subscriptions
+        self.recent = Recent()  # what was accepted lately; lanes add what became of it
         self._catalogue = catalogue or Catalogue([])
         self._outbox = outbox
         self._clock = clock
@@ -105,6 +107,7 @@ class Ingest:
     def subscribe(self, subscriptions: Subscriptions) -> None:
         """Match what is submitted from now on against these."""
         self.subscriptions = subscriptions
+        self.recent.keep_only(subscriptions.endpoints)
 
     def learn(self, catalogue: Catalogue) -> None:
         """Hold what is submitted from now on against these types."""
@@ -125,6 +128,8 @@ class Ingest:
             raise InvalidError(problems)
         with self._traces.submitting(submissions) as traced:
             receipts = await self._outbox.accept(traced)
+        new = sum(not receipt.duplicate for receipt in receipts)
+        self.recent.accepted(new, self._clock.now_ms())
         self._wake({endpoint for receipt in receipts for endpoint in receipt.endpoints})
         return receipts
 

@@ -21,6 +21,7 @@ from relay.metrics import Metrics
 from relay.model import Attempt, Delivery, Endpoint, Health, Message, Outcome, Standing, State, Verdict
 from relay.outbox import Expired, FullError, Outbox
 from relay.pace import Bucket, Limit
+from relay.recent import Recent
 from relay.report import MakesNews, Reporter
 from relay.retry import JITTER, decide
 from relay.traces import Continued, Traces
@@ -58,6 +59,7 @@ class Surroundings:
     spread: Callable[[], float] = random.random
     metrics: Metrics = field(default_factory=Metrics)
     traces: Traces = field(default_factory=Continued)
+    recent: Recent = field(default_factory=Recent)
 
 
 class Lane:
@@ -305,8 +307,10 @@ class Lane:
         if before.standing is Standing.DOWN and health.standing is Standing.UP:
             self._limit.start_over()
         self._reporter.attempted(delivery, attempt.number, outcome, verdict)
+        dead = verdict.state is State.DEAD
+        self._around.recent.attempted(self.endpoint.id, delivery.event, attempt, now_ms, dead=dead)
         news = self._reporter.turned(before, health, outcome)
-        if verdict.state is State.DEAD:
+        if dead:
             event = delivery.event
             news += self._reporter.dead(event.id, event.type, attempt.number, outcome.reason)
         receipts = await self._outbox.record(

@@ -31,6 +31,7 @@ FIXED = (
     "server.listen",
     "server.ops_listen",
     "server.loop",
+    "server.page",
     "outbox.path",
     "outbox.durability",
     "outbox.max_size",
@@ -163,6 +164,7 @@ def fitted(told: Config, running: Config) -> tuple[Config, tuple[str, ...]]:
         listen=running.server.listen,
         ops_listen=running.server.ops_listen,
         loop=running.server.loop,
+        page=running.server.page,
     )
     if not server.listen.is_local and not server.tokens:
         # Fine where it would like to listen, but not where it listens now.

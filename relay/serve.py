@@ -42,6 +42,7 @@ from relay.outbox import (
     OutboxError,
     open_outbox,
 )
+from relay.page import Page
 from relay.reload import Reloader, hosts_of, tell_changes
 from relay.retention import forget
 from relay.sender import Sender, open_sender
@@ -132,6 +133,7 @@ async def join(
         wake=lanes.wake,
         metrics=metrics,
         traces=traces,
+        recent=ingest.recent,
     )
     endpoints = Endpoints(
         configured=config.endpoints,
@@ -248,7 +250,8 @@ async def listening(
     server: Server, state: State, access: Access
 ) -> AsyncIterator[frozenset[tuple[str, int]]]:
     """Take requests at the configured address; yields the addresses that deliveries may never go to."""
-    app = make_app(state, access)
+    page = Page(state, access).routes() if server.page else ()
+    app = make_app(state, access, beside=page)
     async with AsyncExitStack() as runners:
         most = min(MOST_CONNECTIONS, attempts_at_once())
         taken = [await runners.enter_async_context(site(app, server.listen, most))]

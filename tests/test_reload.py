@@ -300,11 +300,12 @@ async def test_what_needs_a_restart_is_named_and_kept(tmp_path, receiver, truste
         text = relay.config.read_text()
         text = text.replace(str(relay.port), "1").replace('relay.db"', 'next.db"\ndurability = "normal"')
         text = text.replace(
-            "[outbox]", 'ops_listen = "127.0.0.1:2"\nloop = "asyncio"\n[outbox]\nmax_pending = 7'
+            "[outbox]",
+            'ops_listen = "127.0.0.1:2"\nloop = "asyncio"\npage = false\n[outbox]\nmax_pending = 7',
         )
         relay.config.write_text(text)
         keys = [
-            "server.listen", "server.ops_listen", "server.loop",
+            "server.listen", "server.ops_listen", "server.loop", "server.page",
             "outbox.path", "outbox.durability", "outbox.max_pending",
         ]  # fmt: skip
         assert await reload(relay) == NOTHING | {"needs_restart": keys}

@@ -1,5 +1,7 @@
 """The API on localhost: HTTP in, HTTP out, no rules. One file per resource; here they become one app."""
 
+from collections.abc import Sequence
+
 from aiohttp import web
 
 from relay.api.bodies import wait_until_read
@@ -8,16 +10,17 @@ from relay.api.guard import Access, guard
 from relay.api.metrics import Scrapes, count_refusals
 from relay.api.operations import Operations
 from relay.api.state import STATE, State
+from relay.api.status import StatusRoutes
 from relay.api.webhooks import Webhooks
 
 
-def make_app(state: State, access: Access) -> web.Application:
-    """Join guard and handlers."""
+def make_app(state: State, access: Access, *, beside: Sequence[web.RouteDef] = ()) -> web.Application:
+    """Join guard and handlers; `beside` are routes that are no part of the API: the status page."""
     guards = [count_refusals(state), guard(access)]
     app = web.Application(middlewares=guards, client_max_size=LARGEST_BATCH)
     app[STATE] = state
     routes = Events(state).routes() + Webhooks(state).routes() + Operations(state).routes()
-    routes += Scrapes(state).routes()
+    routes += [*Scrapes(state).routes(), *StatusRoutes(state).routes(), *beside]
     options = {"expect_handler": wait_until_read}
     app.add_routes(
         [web.RouteDef(each.method, each.path, each.handler, each.kwargs | options) for each in routes]

@@ -276,6 +276,7 @@ SENTENCES = {
     "redirect_refused": "the receiver redirects: set the URL it redirects to",
     "blocked_address": "the receiver's address is not one the relay may send to",
     "internal_error": "the relay failed; its log says how",
+    "body_digest": "what lies on the disk is not what was accepted, so it was not sent",
 }
 
 

@@ -97,6 +97,7 @@ class Server:
     max_event_size: Annotated[int, _EVENT_SIZE] = 256 * 1024
     shutdown_grace_seconds: Annotated[float, _duration("0s", "1h"), "shutdown_grace"] = 8.0
     linger_seconds: Annotated[float, _duration("0s", "1h"), "linger"] = 0.0
+    page: Annotated[bool, _SWITCH] = True
     loop: Annotated[Literal["auto", "asyncio", "uvloop"], _word("auto", "asyncio", "uvloop")] = "auto"
 
 
