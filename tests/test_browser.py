@@ -7,29 +7,18 @@ images, scripts, and a name that first led to the stranger and now leads here (D
 import http.server
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
 import pytest
 
+from tests.browser import PATIENCE_MS, chromium
 from tests.figures import figure
 from tests.process import RelayProcess, relay_process
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = (
-    "--no-sandbox",  # which root has not, and CI is root
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--host-resolver-rules=MAP rebound.test 127.0.0.1",
-)
-PATIENCE_MS = 10_000
 EVENT = {"event": "post.published", "data": {}}
 
 # What a page does with the URL for events, and what comes of it: the relay's answer, or None where the
@@ -75,14 +64,8 @@ def relay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
 
 @pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
-    playwright = pytest.importorskip("playwright.sync_api", reason="wants Playwright for Python")
-    if not CHROMIUM.exists():
-        pytest.skip("wants Chromium, Debian's package chromium")
-    with playwright.sync_playwright() as each:
-        # Nothing is downloaded: Playwright drives the browser that is installed.
-        chromium = each.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield chromium
-        chromium.close()
+    with chromium() as each:
+        yield each
 
 
 @pytest.fixture
@@ -133,6 +116,20 @@ def test_no_page_of_another_origin_submits_an_event(relay, strangers_page, trick
     assert (answer.status if answer is not None else None) == answered
     assert stored(relay) == before
     assert submitted(relay) in stored(relay), "as it must for a client that is no page"
+
+
+def test_a_link_from_elsewhere_opens_the_status_page_which_no_stranger_sees_into(relay, strangers_page):
+    """Dashboards and chats link to it in an outage; a frame around it could steal clicks."""
+    strangers_page.set_content(f'<a href="{relay.url}/" target="_blank" rel="opener">relay</a>')
+    with strangers_page.context.expect_page() as linked:
+        strangers_page.get_by_role("link").click()
+    linked.value.get_by_text("Ready. No endpoint yet").wait_for()
+    assert linked.value.evaluate("window.opener") is None, "nobody who opened it holds on to it"
+    linked.value.close()
+
+    with strangers_page.expect_response(f"{relay.url}/") as framed:
+        strangers_page.set_content(f'<iframe src="{relay.url}/"></iframe>')
+    assert framed.value.status == 403
 
 
 def test_a_page_whose_name_was_rebound_to_the_relay_submits_no_event(relay, page):

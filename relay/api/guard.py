@@ -69,7 +69,7 @@ def refuse_unfit(request: web.Request, hosts: AbstractSet[str] | None) -> None:
     origin = headers.get("Origin")
     if origin is not None and origin.lower() != f"http://{host}":
         raise Problem(403, "pages of other origins may not talk to the relay")
-    if headers.get("Sec-Fetch-Site", "none") not in {"same-origin", "none"}:
+    if headers.get("Sec-Fetch-Site", "none") not in {"same-origin", "none"} and not opens_page(request):
         raise Problem(403, "pages of other sites may not talk to the relay")
     if "Content-Encoding" in headers:
         raise Problem(415, "send the body as it is, without Content-Encoding")
@@ -79,6 +79,16 @@ def refuse_unfit(request: web.Request, hosts: AbstractSet[str] | None) -> None:
         raise Problem(400, "HTTP/1.0 has no Transfer-Encoding", kind="not-http", headers=CLOSE)
     if headers.get("Expect", bodies.CONTINUE).lower() != bodies.CONTINUE:
         raise Problem(417, f"the only expectation known here is {bodies.CONTINUE}")
+
+
+def opens_page(request: web.Request) -> bool:
+    """Tell whether somebody follows a link to the status page: whoever linked to it sees nothing of it."""
+    fetched = {name: request.headers.get(f"Sec-Fetch-{name}") for name in ("Mode", "Dest")}
+    return (
+        request.method == "GET"
+        and request.path == "/"
+        and fetched == {"Mode": "navigate", "Dest": "document"}
+    )
 
 
 def authority(request: web.Request, host: str) -> str:
