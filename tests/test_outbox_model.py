@@ -23,7 +23,7 @@ from tests.test_outbox import NOW, attempt, submission
 
 ENDPOINTS = {"main": False, "ordered": True, "other": False}  # id -> keeps order
 LONG = 1_000_000
-STEPS, EXAMPLES = 40, 60
+STEPS, EXAMPLES = 40, 25
 
 WEIGHTS = {
     "accept": 5, "claim": 5, "record": 6, "release": 1, "probe": 1, "wait": 2, "replay_event": 1,
