@@ -373,6 +373,7 @@ def test_what_an_endpoint_makes_of_the_default_is_its_own_mistake(files):
         ("http://proxy:0", "has a port outside 1 to 65535"),
         ("http://proxy:99999", "has a port outside 1 to 65535"),
         ("http://canary:canary@127.1:3128", "does not name a proxy by a host name or an IP address"),
+        ("http://[]:3128", "does not name a proxy by a host name or an IP address"),
         ("http://-a:3128", "does not name a proxy by a host name or an IP address"),
         (
             "http://169.254.169.254:80",

@@ -87,7 +87,7 @@ def parse_proxy(text: str) -> Proxy:
     place = _HOST_AND_PORT.fullmatch(match["address"]) if match is not None else None
     if match is None or place is None:
         raise WrongValueError('is not a proxy such as "http://proxy.internal:3128"')
-    host = (place["ipv6"] or place["name"]).lower()
+    host = (place["name"] if place["ipv6"] is None else place["ipv6"]).lower()
     ip = egress.canonical(host)
     if ip is None and (place["ipv6"] is not None or not _is_host(host)):
         raise WrongValueError("does not name a proxy by a host name or an IP address")
