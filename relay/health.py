@@ -84,6 +84,13 @@ def set_right(health: Health, endpoint: Endpoint, now_ms: int) -> Health:
     )
 
 
+def next_attempt_ms(health: Health, due_ms: int) -> int | None:
+    """Return when a delivery that is due then goes out at the earliest; None: when a person says so."""
+    if health.standing is Standing.GONE:
+        return None
+    return max(due_ms, health.not_before_ms, health.probe_at_ms if health.standing is Standing.DOWN else 0)
+
+
 def was_at_rest(last_seen_ms: int | None, now_ms: int) -> bool:
     """Tell whether the relay was off for so long, or its clock so wrong, that ages say nothing."""
     return last_seen_ms is not None and not 0 <= now_ms - last_seen_ms <= LONGEST_REST_MS

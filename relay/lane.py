@@ -306,7 +306,8 @@ class Lane:
         health = self.health
         if before.standing is Standing.DOWN and health.standing is Standing.UP:
             self._limit.start_over()
-        self._reporter.attempted(delivery, attempt.number, outcome, verdict)
+        next_ms = rules.next_attempt_ms(health, verdict.due_ms) if verdict.due_ms is not None else None
+        self._reporter.attempted(delivery, attempt.number, outcome, verdict, next_ms)
         dead = verdict.state is State.DEAD
         self._around.recent.attempted(self.endpoint.id, delivery.event, attempt, now_ms, dead=dead)
         news = self._reporter.turned(before, health, outcome)

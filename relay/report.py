@@ -53,7 +53,10 @@ class Reporter:
         self._untold: Counter[str] = Counter()
         self._latest: Fields = {}
 
-    def attempted(self, delivery: Delivery, number: int, outcome: Outcome, verdict: Verdict) -> None:
+    def attempted(
+        self, delivery: Delivery, number: int, outcome: Outcome, verdict: Verdict, next_ms: int | None
+    ) -> None:
+        """Say how an attempt ended, and at what time at the earliest the next one comes."""
         self._tally.attempted(outcome.reason, outcome.milliseconds)
         if outcome.reason is None:
             if not delivery.replayed:  # how long a person thought about it is no lag of ours
@@ -65,8 +68,8 @@ class Reporter:
             return
         fields = self._fields(delivery, number, outcome)
         if verdict.state is State.PENDING:
-            if verdict.due_ms is not None:
-                fields["retry_in_seconds"] = max(0, verdict.due_ms - self._clock.now_ms()) / 1000
+            if next_ms is not None:
+                fields["retry_in_seconds"] = max(0, next_ms - self._clock.now_ms()) / 1000
             self._tell(logging.WARNING, "attempt_failed", fields)
         else:
             self._tally.dead += 1

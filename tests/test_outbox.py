@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from relay.model import Attempt, Delivery, Event, Owed, State, Submission, Verdict
+from relay.health import next_attempt_ms
+from relay.model import Attempt, Delivery, Event, Health, Owed, Standing, State, Submission, Verdict
 from relay.outbox import Backlog, ConflictError, Ended, KeptEndpoint, Past, Query
 
 NOW = 1_768_471_200_000
@@ -645,3 +646,27 @@ async def test_what_is_accepted_while_ages_are_looked_at_is_young(outbox):
 
     assert patience.expired == ()
     assert names(await outbox.claim("main", 10, NOW + 5)) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("health", "paused", "expected"),
+    [
+        (Health(), False, 1),
+        (Health(not_before_ms=70), False, 70),
+        (Health(standing=Standing.DOWN, probe_at_ms=50), False, 50),
+        (Health(standing=Standing.DOWN, probe_at_ms=50, not_before_ms=70), False, 70),
+        (Health(standing=Standing.UP, probe_at_ms=50), False, 1),
+        (Health(standing=Standing.GONE, since_ms=5, not_before_ms=70), False, None),
+        (Health(), True, None),
+    ],
+)
+async def test_a_story_says_when_the_next_attempt_may_come_with_all_that_the_endpoint_waits_for(
+    outbox, health, paused, expected
+):
+    """Whoever looks at three in the morning must not wait for a time that nothing happens at."""
+    await outbox.accept([submission("a", at_ms=1)])
+    await outbox.keep_endpoint(KeptEndpoint(id="main", settings=None, paused=paused))
+    await outbox.keep_health("main", health)
+    (delivery,) = (await outbox.story("evt_a")).deliveries
+    assert delivery.due_ms == expected
+    assert next_attempt_ms(health, 1) == expected or paused

@@ -151,7 +151,11 @@ class Ended:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryStory:
-    """One delivery with all its attempts, oldest first."""
+    """One delivery with all its attempts, oldest first.
+
+    `due_ms` is when the next attempt comes at the earliest, with all that the endpoint waits for; None when
+    there is none, or what it waits for has no time: an older one of its key, a resume.
+    """
 
     endpoint: str
     state: State

@@ -95,6 +95,14 @@ def _matches(query: Query, found: Story) -> bool:
     )
 
 
+# As `health.next_attempt_ms`, with what else may hold a delivery back: its key, and a person's pause.
+NEXT_ATTEMPT = (
+    "iif(d.held OR p.paused OR coalesce(json_extract(p.health, '$.standing'), '') = 'gone', NULL,"
+    " max(d.due, coalesce(json_extract(p.health, '$.not_before_ms'), 0),"
+    " iif(json_extract(p.health, '$.standing') = 'down', json_extract(p.health, '$.probe_at_ms'), 0)))"
+)
+
+
 def _story(db: sqlite3.Connection, row: Any) -> Story:
     seq, id_, type_, timestamp, data, accepted_at, key, parent, state = row
     event = Event(
@@ -102,7 +110,7 @@ def _story(db: sqlite3.Connection, row: Any) -> Story:
         accepted_at_ms=accepted_at, key=key, traceparent=parent, tracestate=state,
     )  # fmt: skip
     deliveries = db.execute(
-        "SELECT d.endpoint, p.id, d.state, iif(d.held, NULL, d.due), d.attempts, d.at, d.milliseconds,"
+        f"SELECT d.endpoint, p.id, d.state, {NEXT_ATTEMPT}, d.attempts, d.at, d.milliseconds,"  # noqa: S608
         " d.status, d.answer, d.expired FROM deliveries d JOIN endpoints p ON p.number = d.endpoint"
         " WHERE d.event = ?",
         (seq,),
