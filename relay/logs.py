@@ -6,6 +6,7 @@ secrets and signatures are never logged.
 
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -107,7 +108,7 @@ class Seldom:
     def passes(self, kind: str) -> int | None:
         """Return how many were held back, or None when this one is to be held back too."""
         now = time.monotonic()
-        since, held_back = self._kinds.get(kind, (now - SELDOM_SECONDS, 0))
+        since, held_back = self._kinds.get(kind, (-math.inf, 0))
         if now - since < SELDOM_SECONDS:
             self._kinds[kind] = (since, held_back + 1)
             return None

@@ -54,7 +54,12 @@ class Reporter:
         self._latest: Fields = {}
 
     def attempted(
-        self, delivery: Delivery, number: int, outcome: Outcome, verdict: Verdict, next_ms: int | None
+        self,
+        delivery: Delivery,
+        number: int,
+        outcome: Outcome,
+        verdict: Verdict,
+        next_ms: int | None = None,
     ) -> None:
         """Say how an attempt ended, and at what time at the earliest the next one comes."""
         self._tally.attempted(outcome.reason, outcome.milliseconds)

@@ -140,7 +140,7 @@ def test_the_readme_documents_every_line_with_its_fields():
 def test_the_first_failure_is_told_at_once_and_what_follows_once_a_minute(reporter, clock, log):
     """Somebody who looks at the log sees at once that something fails, and still sees it an hour later."""
     for _ in range(100):
-        reporter.attempted(DELIVERY, 1, REFUSED, AGAIN)
+        reporter.attempted(DELIVERY, 1, REFUSED, AGAIN, AGAIN.due_ms)
         clock.advance(seconds=1)
 
     first, summed_up = log.lines
