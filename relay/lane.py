@@ -205,7 +205,8 @@ class Lane:
         self._claimed |= {delivery.handle: delivery for delivery in deliveries}
         if self._stopping():  # told so during the look: `run` hands these back
             return []
-        if self._paused or self.health.standing is not standing:
+        opens_ms = self._opens_ms()  # what was met or said during the look may have closed it
+        if self.health.standing is not standing or opens_ms is None or opens_ms > self._clock.now_ms():
             await self._hand_back(deliveries)
             return []
         self._probing = standing is Standing.DOWN and bool(deliveries)
