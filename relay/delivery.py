@@ -44,13 +44,13 @@ class Lanes:
         """Think of an endpoint as if it had never failed."""
         await self._lanes[endpoint].resume()
 
-    async def drop(self, endpoint: str) -> None:
-        """Deliver no more to an endpoint; what is in flight is cut off and handed back."""
+    async def drop(self, endpoint: str) -> Health:
+        """Deliver no more to an endpoint, hand back what is in flight, and return how it stood."""
         lane = self._lanes.pop(endpoint)
-        if self._tasks is None:  # nothing was begun, and it is not there any more when all begin
-            return
-        lane.stop(0)
-        await lane.ended.wait()
+        if self._tasks is not None:  # else nothing was begun, and it is not there any more when all begin
+            lane.stop(0)
+            await lane.ended.wait()
+        return lane.health
 
     def set_right(self) -> None:
         """Tell all lanes that the clock was set."""

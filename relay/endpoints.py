@@ -72,7 +72,7 @@ class Lanes(Protocol):
 
     async def resume(self, endpoint: str) -> None: ...
 
-    async def drop(self, endpoint: str) -> None: ...
+    async def drop(self, endpoint: str) -> Health: ...
 
 
 class Endpoints:
@@ -261,13 +261,13 @@ class Endpoints:
             registered = self._own(id_)
             del self._registered[id_]
             self._change(self._subscriptions())
-            await self._lanes.drop(id_)
+            health = await self._lanes.drop(id_)
             try:
                 return await self._outbox.drop_endpoint(id_)
             except FullError:
                 self._registered[id_] = registered
                 self._change(self._subscriptions())
-                await self._lanes.keep(registered.endpoint, paused=registered.paused)
+                await self._lanes.keep(registered.endpoint, paused=registered.paused, health=health)
                 raise
 
     async def pause(self, id_: str, *, paused: bool) -> Registered:

@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
 
@@ -21,7 +21,7 @@ from relay.config import DeliverySettings, SettingsError
 from relay.delivery import Lanes
 from relay.endpoints import Changes, ConflictError, Endpoints, Registered, UnknownEndpointError, compared
 from relay.ingest import Draft, Ingest, InvalidError
-from relay.model import Endpoint, Message, Outcome, Receipt, State
+from relay.model import Endpoint, Message, Outcome, Receipt, Standing, State
 from relay.outbox import Backlog, Ended, FullError, Outbox
 from relay.subscription import Subscriptions
 from tests.clock import MovedClock
@@ -492,6 +492,22 @@ async def test_a_full_disk_at_the_end_of_an_overlap_does_not_end_the_relay(here,
     clock.advance(seconds=10)
     await until(lambda: here.endpoints.get("mine").overlap_until_ms is None)
     assert signing(here.endpoints.get("mine"), new, old) == ("0", "0")
+
+
+async def test_an_endpoint_that_could_not_be_removed_stands_as_it_stood(here, monkeypatch):
+    """One that said 410 waits for a person, and a full disk is none."""
+    await here.endpoints.put(settings())
+    lane = here.lanes._lanes["mine"]
+    lane._stands(replace(lane.health, standing=Standing.GONE))
+
+    async def full(_endpoint):
+        raise FullError("there is no room")
+
+    monkeypatch.setattr(here.outbox, "drop_endpoint", full)
+    with pytest.raises(FullError):
+        await here.endpoints.remove("mine")
+    assert here.lanes._lanes["mine"] is not lane
+    assert here.lanes._lanes["mine"].health.standing is Standing.GONE
 
 
 # Restarts, and what the config says after them
