@@ -2,7 +2,10 @@
 
 import http.client
 import http.server
+import re
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -584,7 +587,17 @@ secret = "{SECRET}"
             assert relay.call("POST", "/v1/events", {"event": TYPE, "data": {}})[0] == 503
             until(lambda: all(each["last_error"] for each in status(relay)["endpoints"]))
             _, text = relay.call("GET", "/", headers={"Accept": "text/plain"})
+            asked = subprocess.run(
+                [sys.executable, "-m", "relay", "status", "--url", relay.url],
+                capture_output=True, text=True, timeout=30, check=False,
+            )  # fmt: skip
+            _, metrics = relay.call("GET", "/metrics")
 
+    for named in ("max_pending", "http_429", "tls_cert"):
+        assert named in asked.stdout
+    assert asked.returncode == 1, "a full outbox is a failure to a script"
+    assert re.search(r'relay_delivery_attempts_total\{endpoint="busy",reason="http_429"\} [1-9]', metrics)
+    assert re.search(r'relay_delivery_attempts_total\{endpoint="expired",reason="tls_cert"\} [1-9]', metrics)
     lines = {line.split(" ")[0]: line for line in text.splitlines() if line}
     assert lines["Not"].startswith("Not ready: ")
     assert "max_pending" in lines["Not"]
