@@ -598,6 +598,7 @@ secret = "{SECRET}"
     assert asked.returncode == 1, "a full outbox is a failure to a script"
     assert re.search(r'relay_delivery_attempts_total\{endpoint="busy",reason="http_429"\} [1-9]', metrics)
     assert re.search(r'relay_delivery_attempts_total\{endpoint="expired",reason="tls_cert"\} [1-9]', metrics)
+    assert re.search(r"^relay_outbox_refusing 1(\.0)?$", metrics, re.MULTILINE)
     lines = {line.split(" ")[0]: line for line in text.splitlines() if line}
     assert lines["Not"].startswith("Not ready: ")
     assert "max_pending" in lines["Not"]
