@@ -2,11 +2,9 @@
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import signal
-import socket
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -21,14 +19,13 @@ from tests.durability.ledger import SECRET, Ledger
 from tests.durability.plan import THREE, Endpoint
 from tests.durability.shim import Disk
 from tests.durability.zygote import Zygote
+from tests.process import free_port
 from tests.receiver import Receiver
 
-FIRST_PORT, PORTS = 18_000, 14_000  # below those of outgoing connections
 READY_SECONDS = 20.0
 END_SECONDS = 30.0
 DRAIN_SECONDS = 60.0
 CALL_SECONDS = 20.0
-_ports = itertools.count()
 
 
 class EndedError(Exception):
@@ -59,7 +56,7 @@ class World:
         self.outbox = folder / "outbox" / "relay.db"
         self.outbox.parent.mkdir(parents=True)
         self.endpoints = endpoints
-        self.port = quiet_port()
+        self.port = free_port()
         self.pid = 0
         self._zygote = zygote
         self._plant = plant
@@ -275,15 +272,6 @@ class World:
                 keys["order"] = "key"
             parts.append("[[endpoints]]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items()))
         return "\n".join(parts)
-
-
-def quiet_port() -> int:
-    """Return a free port that no outgoing connection is given, so that it is free again after every kill."""
-    while True:
-        port = FIRST_PORT + (os.getpid() * 61 + next(_ports)) % PORTS
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def plan_of(endpoint: Endpoint) -> dict[str, Any]:
