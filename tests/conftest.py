@@ -3,15 +3,16 @@
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, ExitStack
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from relay import logs
 from relay.outbox import Outbox, open_outbox
-from tests import figures
+from tests import figures, postgres
 
 STORES = ("sqlite",)
 
@@ -38,6 +39,25 @@ def no_line_of_the_log_is_unknown() -> Iterator[None]:
     yield
     logging.getLogger("relay").removeHandler(listener)
     assert not unknown
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """The address of a PostgreSQL that all tests of this process share."""
+    with ExitStack() as stack:
+        try:
+            url = stack.enter_context(postgres.anywhere())
+        except LookupError as error:
+            pytest.skip(str(error))
+        yield url
+
+
+@pytest.fixture
+async def postgres_url(postgres_server: str) -> AsyncIterator[str]:
+    """The address of an empty database, for this test alone."""
+    url = await postgres.new_database(postgres_server, f"relay_{uuid4().hex}")
+    yield url
+    await postgres.drop_database(url)
 
 
 @pytest.fixture(params=STORES)
