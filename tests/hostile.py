@@ -11,7 +11,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -349,16 +349,18 @@ async def loopback_sender(policy: Policy = LOOPBACK, **settings: object) -> Asyn
         yield sender
 
 
-async def try_all(base: str, sender: Sender, timeout_seconds: float) -> dict[str, Outcome]:
+async def try_all(
+    base: str, sender: Sender, timeout_seconds: float, paths: Iterable[str] = SET
+) -> dict[str, Outcome]:
     """Make one attempt to each path, all at once."""
     async with asyncio.TaskGroup() as tasks:
         attempts = {
             path: tasks.create_task(
                 sender.send(
                     to(base + path, id=path.strip("/"), timeout_seconds=timeout_seconds),
-                    message(26 if behaviour.reads_body else 256 << 10),
+                    message(26 if SET[path].reads_body else 256 << 10),
                 )
             )
-            for path, behaviour in SET.items()
+            for path in paths
         }
     return {path: attempt.result() for path, attempt in attempts.items()}

@@ -145,7 +145,8 @@ class World:
     def signal(self, number: signal.Signals) -> None:
         self.fault("signal", name=number.name)
         if self.alive:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself and we have not heard yet
+                os.kill(self.pid, number)
 
     def cut_power(self, *args: Any) -> int:
         """Take from a dead relay's outbox what had not been synced."""
