@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from functools import lru_cache
 
 from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
@@ -64,7 +65,7 @@ def refuse_unfit(request: web.Request, hosts: AbstractSet[str] | None) -> None:
     """Raise for what a browser was tricked into, and for a body that would have to be unpacked."""
     headers = request.headers
     host = headers.get("Host", "").lower()
-    if hosts is not None and not {host_name(host), host_name(authority(request, host))} <= hosts:
+    if hosts is not None and not (host_name(host) in hosts and host_name(authority(request, host)) in hosts):
         raise Problem(421, "the Host header names another host; add it to server.allowed_hosts if it is ours")
     origin = headers.get("Origin")
     if origin is not None and origin.lower() != f"http://{host}":
@@ -117,6 +118,7 @@ def refuse_unknown(request: web.Request, keys: Sequence[bytes]) -> None:
         )
 
 
+@lru_cache(maxsize=64)
 def host_name(host: str) -> str:
     """Drop port and brackets of a Host header (RFC 9110 section 7.2); what has another form names nobody."""
     match = HOST.fullmatch(host)

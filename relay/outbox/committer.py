@@ -182,11 +182,11 @@ class Committer:
 
     def _refuse_what_does_not_fit(self, gathered: Gathering) -> str | None:
         """Keep of the accepts those that there is room for, the first first; return why others have to go."""
-        refusal = None
+        refusal = self._room.refusal_of_disk()
         fitting, promises, deliveries = [], [], 0
         for submissions, promise in zip(gathered.batch.accepts, gathered.accepts, strict=True):
             more = sum(len(each.endpoints) for each in submissions)
-            refusal = refusal or self._room.refusal(deliveries + more)
+            refusal = refusal or self._room.refusal_of(deliveries + more)
             if refusal is not None:
                 _break([promise], FullError(refusal))
             else:

@@ -37,8 +37,12 @@ class Room:
             bounds=self._bounds,
         )
 
-    def refusal(self, more: int = 1) -> str | None:
-        """Say in a sentence why so many more deliveries cannot be taken on, if that is so."""
+    def refusal(self) -> str | None:
+        """Say in a sentence why nothing can be taken on, if that is so."""
+        return self.refusal_of(1) or self.refusal_of_disk()
+
+    def refusal_of(self, more: int) -> str | None:
+        """Say why so many more deliveries are too many for the bounds that were set, if they are."""
         largest, most = self._bounds.max_bytes, self._bounds.max_pending
         if largest is not None and self.used_bytes > largest - _reserve(largest):
             return (
@@ -50,7 +54,7 @@ class Room:
                 f"{most} deliveries are pending: raise outbox.max_pending, or see which endpoint takes none; "
                 "what was accepted goes out"
             )
-        return self._refusal_of_disk()
+        return None
 
     def is_near_its_bound(self) -> bool:
         """Tell whether it could be full before it is measured again."""
@@ -58,9 +62,10 @@ class Room:
 
     def refusal_of_copy(self) -> str | None:
         """Say why the disk cannot hold the outbox a second time, if that is so."""
-        return self._refusal_of_disk(self.used_bytes)
+        return self.refusal_of_disk(self.used_bytes)
 
-    def _refusal_of_disk(self, more_bytes: int = 0) -> str | None:
+    def refusal_of_disk(self, more_bytes: int = 0) -> str | None:
+        """Say why the disk has no room for so much more, if that is so: a system call."""
         disk = os.statvfs(self._path.parent)
         if disk.f_bavail * disk.f_frsize >= _reserve(disk.f_blocks * disk.f_frsize) + more_bytes:
             return None
