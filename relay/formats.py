@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import orjson
 
-from relay.model import Event, Message
+from relay.model import Delivery, Event, Message
 
 JSON_TYPE = "application/json"
 CLOUDEVENTS_TYPE = "application/cloudevents+json"
@@ -46,6 +46,13 @@ def event_body(event: Event) -> bytes:
 def digest(event: Event) -> bytes:
     """Return the SHA-256 of everything of an event that a receiver is shown and the disk could change."""
     return hashlib.sha256(event_body(event)).digest()
+
+
+def is_intact(delivery: Delivery) -> bool:
+    """Tell whether a delivery that was read from a disk says what was accepted."""
+    if delivery.digest is not None and delivery.digest != digest(delivery.event):
+        return False
+    return name(delivery.format) in FORMATS
 
 
 def _event(event: Event, _source: str) -> Content:

@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import lru_cache
@@ -20,7 +19,7 @@ from typing import NamedTuple
 from relay import canonical, formats
 from relay.catalogue import Catalogue
 from relay.clock import Clock
-from relay.model import Endpoint, Event, Owed, Receipt, Submission
+from relay.model import Endpoint, Event, Owed, Receipt, Submission, immutable
 from relay.outbox import Outbox
 from relay.recent import Recent
 from relay.subscription import EVENT_TYPE, EVENT_TYPE_LENGTH, OWN_PREFIX, Subscriptions
@@ -60,7 +59,7 @@ class Trace(NamedTuple):
     state: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@immutable
 class Draft:
     """One posted event as parsed, before it is checked."""
 

@@ -283,14 +283,15 @@ class Lane:
         )
 
     async def _outcome(self, delivery: Delivery, number: int, at_ms: int) -> Outcome:
-        event = delivery.event
-        if formats.digest(event) != delivery.digest or formats.name(delivery.format) not in formats.FORMATS:
+        if not formats.is_intact(delivery):
             # A bit that flipped on the disk passes SQLite's own checks; it must not be signed as ours.
             return Outcome(milliseconds=0, reason="body_digest")
         span = self._around.traces.attempt(self.endpoint, delivery, number, at_ms)
         outcome = None
         try:
-            message = formats.message(event, delivery.format, attempt=number, at_ms=at_ms, trace=span.headers)
+            message = formats.message(
+                delivery.event, delivery.format, attempt=number, at_ms=at_ms, trace=span.headers
+            )
             outcome = await self._around.sender.send(self.endpoint, message)
         finally:
             span.ended(outcome)

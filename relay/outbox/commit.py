@@ -217,7 +217,7 @@ def _insert(
             deliveries.append((seq, number, event.accepted_at_ms, format_, key, held))
             delivery = Delivery(
                 handle=(seq, number), event=event, endpoint=endpoint, format=format_,
-                attempts=0, steps=0, due_ms=event.accepted_at_ms, digest=submission.digest,
+                attempts=0, steps=0, due_ms=event.accepted_at_ms, digest=None,
                 ordered=key is not None,
             )  # fmt: skip
             written.pending.append(number)

@@ -64,6 +64,7 @@ class Committer:
         self.numbers: dict[str, int] = {}
         self.last_seq = 0
         self.inode = 0
+        self._loop = asyncio.get_running_loop()
         self._db = db
         self._path = path
         self._room = room
@@ -166,7 +167,7 @@ class Committer:
         return self._promise(self._gathering.accepts)
 
     def _promise(self, promises: list[Promise]) -> Promise:
-        promise: Promise = asyncio.get_running_loop().create_future()
+        promise: Promise = self._loop.create_future()
         promises.append(promise)
         self._work.set()
         return promise
@@ -206,7 +207,7 @@ class Committer:
                 log.info("outbox_has_room")
 
     def _is_time_to_measure(self) -> bool:
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         if now - self._measured_at < MEASURE_SECONDS and not self._room.is_near_its_bound():
             return False
         self._measured_at = now
