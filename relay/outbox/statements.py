@@ -228,6 +228,16 @@ def cancel(db: sqlite3.Connection, number: int, limit: int) -> int:
     ).rowcount
 
 
+DEAD_AND_OVER = """
+    SELECT endpoint FROM deliveries WHERE state = 2 AND event IN (
+        SELECT seq FROM events WHERE seq BETWEEN ? AND ? AND accepted_at < ?
+        AND NOT EXISTS (SELECT 1 FROM deliveries WHERE event = seq AND state = 0))"""
+
+FORGET = """
+    DELETE FROM events WHERE seq BETWEEN ? AND ? AND accepted_at < ?
+    AND NOT EXISTS (SELECT 1 FROM deliveries WHERE event = seq AND state = 0)"""
+
+
 def forget(db: sqlite3.Connection, before_ms: int, after: int, limit: int) -> tuple[int | None, Counter[int]]:
     """Look at up to `limit` events past number `after`, the oldest first, and delete those that are over.
 
@@ -238,12 +248,11 @@ def forget(db: sqlite3.Connection, before_ms: int, after: int, limit: int) -> tu
         "SELECT seq, accepted_at FROM events WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit)
     ).fetchall()
     old = [seq for seq, accepted_at in rows if accepted_at < before_ms]
-    dead: Counter[int] = Counter()
-    for seq in old:
-        states = db.execute("SELECT endpoint, state FROM deliveries WHERE event = ?", (seq,)).fetchall()
-        if all(state != CODES[State.PENDING] for _, state in states):
-            dead.update(endpoint for endpoint, state in states if state == CODES[State.DEAD])
-            db.execute("DELETE FROM events WHERE seq = ?", (seq,))
+    if not old:
+        return None, Counter()
+    looked_at = (old[0], old[-1], before_ms)
+    dead = Counter(endpoint for (endpoint,) in db.execute(DEAD_AND_OVER, looked_at))
+    db.execute(FORGET, looked_at)
     return (old[-1] if len(old) == limit else None), dead
 
 

@@ -40,8 +40,11 @@ async def backlog(stage: Stage) -> Samples:
         stage.system("relay", more=STUCK, prepare=take_over) as burdened,
         stage.system("relay") as free,
     ):
+        for system in (burdened, free):  # connections are made, the hot part of the file is read
+            await stage.submit(system, events // 4)
+            await system.running.rest()
         seconds = {burdened: 0.0, free: 0.0}
-        for system in (burdened, free, free, burdened):
+        for system in (burdened, free, free, burdened) * 2:
             submitted = await stage.submit(system, events // 4)
             await system.running.rest()
             seconds[system] += submitted["last_at"] - submitted["started_at"]
@@ -61,6 +64,9 @@ async def isolation(stage: Stage) -> Samples:
         stage.system("relay", paths=(*PATHS, "/hang")) as beside_hanging,
         stage.system("relay", paths=(*PATHS, "/timed/9")) as beside_healthy,
     ):
+        for system in (beside_hanging, beside_healthy):  # connections are made, slots fill
+            copies = len(PATHS) + (system is beside_healthy)
+            await stage.lags(await stage.submit(system, events // 4, rate=PACE, copies=copies))
         p99: dict[object, list[float]] = {beside_hanging: [], beside_healthy: []}
         for system in (beside_hanging, beside_healthy, beside_healthy, beside_hanging):
             copies = len(PATHS) + (system is beside_healthy)
@@ -78,6 +84,7 @@ async def retention(stage: Stage) -> Samples:
 
     events = stage.options.events // 4
     async with stage.system("relay", prepare=leave_old_ones) as system:
+        await stage.submit(system, events // 4)  # connections are made
         while_they_go = await stage.submit(system, events, rate=STEADY_RATE)
         await system.running.rest(seconds=120)
         gone = await stage.submit(system, events, rate=STEADY_RATE)

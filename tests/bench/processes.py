@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+LONGEST_LINE = 16 << 20  # the times of thousands of arrivals
+
 
 class UnmeasuredError(Exception):
     """The benchmark could not be carried out; the text says where it stopped."""
@@ -93,6 +95,7 @@ async def started(
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE if heard else complaints,
             stderr=complaints,
+            limit=LONGEST_LINE,
             env={**os.environ, **(environment or {})},
             start_new_session=True,  # so that Ctrl-C comes to the benchmark alone, which then ends the others
         )
