@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from relay.outbox.schema import VERSIONS
 from tests.durability import runs, shim
 from tests.durability.found import FOUND, hunt
+from tests.durability.migrations import killed_migrations
 from tests.durability.plan import Endpoint
 from tests.durability.planted import PLANTS
 from tests.durability.world import World
@@ -82,6 +84,15 @@ async def test_an_end_after_any_storage_call_loses_nothing(tmp_path, zygote):
     result = await runs.kill_points(tmp_path, zygote, seed=11, power=(False, True))
     assert result.trials > 50
     healthy(result, "storage calls, an end after each")
+
+
+@needs_compiler
+@pytest.mark.parametrize("version", range(1, len(VERSIONS)))
+async def test_a_migration_that_is_killed_is_completed_by_the_next_start(tmp_path, zygote, version):
+    """At some of its storage calls; the command does it at each."""
+    result = await killed_migrations(tmp_path, zygote, seed=41, version=version, numbers=range(3, 60, 6))
+    assert result.trials > 4
+    healthy(result, f"storage calls of a start on schema {version}, a kill after each")
 
 
 @needs_compiler

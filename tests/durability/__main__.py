@@ -14,9 +14,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from relay.outbox.schema import VERSIONS
 from tests.durability import runs, shim
 from tests.durability.checker import check
 from tests.durability.found import FOUND, hunt
+from tests.durability.migrations import killed_migrations
 from tests.durability.runs import Result
 from tests.durability.zygote import Zygote
 
@@ -76,6 +78,11 @@ def plays_at_calls(seed: int) -> Iterator[tuple[str, Play]]:
                 f"{name} after each storage call from {start} start on",
                 partial(runs.kill_points, seed=seed, power=(power,), again=again),
             )
+    for version in range(1, len(VERSIONS)):
+        yield (
+            f"kill -9 after each storage call of a start on schema {version}",
+            partial(killed_migrations, seed=seed, version=version),
+        )
     for number, persistent in runs.FAULTS:
         when = "from a storage call on, for each" if persistent else "at each storage call"
         yield (
