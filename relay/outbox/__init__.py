@@ -271,7 +271,7 @@ class Outbox(Protocol):
         ...
 
     async def last_seen(self) -> int | None:
-        """Return the latest time that anything was accepted or attempted."""
+        """Return what the clock said when anything was last accepted or attempted."""
         ...
 
     async def count(self, ended: Ended) -> int:

@@ -39,6 +39,15 @@ class Batch:
         """How much waits: events, outcomes and other changes."""
         return sum(map(len, self.accepts)) + len(self.records) + len(self.changes)
 
+    @property
+    def seen_ms(self) -> int | None:
+        """What the clock said of the latest attempt or event in it."""
+        if self.records:
+            return self.records[-1].attempt.at_ms
+        if self.accepts and self.accepts[-1]:
+            return self.accepts[-1][-1].event.accepted_at_ms
+        return None
+
 
 @dataclass(slots=True)
 class Written:
@@ -61,6 +70,8 @@ def write(
     try:
         written = _accept(db, batch.accepts, numbers, last_seq)
         written.passed_on = _record(db, batch.records)
+        if (seen_ms := batch.seen_ms) is not None:
+            statements.update_last_seen(db, seen_ms)
         written.changed = [change(db) for change in batch.changes]
         db.execute("COMMIT")
     except BaseException:

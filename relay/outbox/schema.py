@@ -87,7 +87,17 @@ VERSION_2 = (
     "CREATE INDEX deliveries_key ON deliveries (endpoint, key, event) WHERE state = 0 AND key IS NOT NULL",
 )
 
-VERSIONS = (VERSION_1, VERSION_2)
+# What the clock said at the latest commit, in one row: the latest time of any event or attempt does not tell,
+# once a clock was ahead for a while.
+VERSION_3 = (
+    "CREATE TABLE clock (seen INTEGER) STRICT",
+    """INSERT INTO clock SELECT max(at) FROM (
+        SELECT max(last_success_at) AS at FROM endpoints UNION ALL SELECT max(last_failure_at) FROM endpoints
+        UNION ALL SELECT accepted_at FROM events WHERE seq = (SELECT max(seq) FROM events)
+    )""",
+)
+
+VERSIONS = (VERSION_1, VERSION_2, VERSION_3)
 
 
 def inspect(path: Path) -> None:

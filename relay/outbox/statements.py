@@ -177,13 +177,13 @@ def read_health(text: str | None) -> Health:
 
 
 def last_seen(db: sqlite3.Connection) -> int | None:
-    """Return the latest time that anything was accepted or attempted."""
-    row = db.execute(
-        "SELECT max(at) FROM (SELECT max(last_success_at) AS at FROM endpoints"
-        " UNION ALL SELECT max(last_failure_at) FROM endpoints UNION ALL SELECT accepted_at FROM events"
-        " WHERE seq = (SELECT max(seq) FROM events))"
-    ).fetchone()
+    """Return what the clock said when anything was last accepted or attempted."""
+    row = db.execute("SELECT seen FROM clock").fetchone()
     return row[0] if row else None
+
+
+def update_last_seen(db: sqlite3.Connection, at_ms: int) -> None:
+    db.execute("UPDATE clock SET seen = ?", (at_ms,))
 
 
 def update_endpoints(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
