@@ -250,6 +250,9 @@ class Run:
             # Nothing was recorded of it: only a crash before that could be explains this.
             return self._crashed(request.at, min(self._until(request), following.at))
         account = self._account(id_, endpoint, request.line["attempt"])
+        if account is not None and milliseconds(account["at"]) > request.at + EARLY_MS:
+            # It is of a later attempt of the same number, after one that nothing was recorded of.
+            return self._crashed(request.at, min(self._until(request), milliseconds(account["at"])))
         if account is None or account["error"] not in AMBIGUOUS:
             return False
         timeout_ms = self._endpoint(endpoint)["timeout_ms"]
