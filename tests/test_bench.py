@@ -1,6 +1,9 @@
 """The benchmark's own honesty: what it counts, what it calls missed, and that it cleans up after itself."""
 
 import asyncio
+import base64
+import hashlib
+import hmac
 import importlib.util
 import json
 import os
@@ -19,7 +22,7 @@ from tests.bench.load import CONNECTIONS, Load
 from tests.bench.processes import started
 from tests.bench.receiver import ANSWER
 from tests.bench.report import verdict
-from tests.bench.stage import python
+from tests.bench.stage import SECRET, python
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,24 +62,35 @@ def test_an_interrupted_benchmark_leaves_nothing_behind(signal_number: signal.Si
     assert not list(tmp_path.iterdir())
 
 
-async def test_an_event_that_arrives_twice_counts_once(tmp_path: Path):
-    """A relay that repeats deliveries must not look faster for it."""
+@pytest.mark.parametrize(
+    ("signed_with", "forged"), [(SECRET, 0), ("whsec_b3RoZXI=", 1)], ids=["well", "badly"]
+)
+async def test_an_event_that_arrives_twice_or_badly_signed_is_no_gain(
+    signed_with: str, forged: int, tmp_path: Path
+):
+    """A relay that repeats deliveries or saves the signing must not look faster for it."""
     authority = trustme.CA()
     certificate = tmp_path / "cert.pem"
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(certificate))
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
-    command = python("tests.bench.receiver", str(certificate))
+    key = base64.b64decode(signed_with.removeprefix("whsec_"))
+    command = python("tests.bench.receiver", str(certificate), SECRET)
     async with started(*command, name="receiver", log=tmp_path / "log") as receiver, asyncio.timeout(20):
         port = await receiver.hear(seconds=10)
         reader, writer = await asyncio.open_connection("localhost", port, ssl=trust)
         for event_id in (b"evt_1", b"evt_1", b"evt_2"):
-            writer.write(b"POST / HTTP/1.1\r\nWebhook-Id: %b\r\nContent-Length: 4\r\n\r\nbody" % event_id)
+            mac = base64.b64encode(hmac.digest(key, event_id + b".1767225600.body", hashlib.sha256))
+            writer.write(
+                b"POST / HTTP/1.1\r\nWebhook-Id: %b\r\nWebhook-Timestamp: 1767225600\r\n"
+                b"Webhook-Signature: v1,%b\r\nContent-Length: 4\r\n\r\nbody" % (event_id, mac)
+            )
             assert await reader.readexactly(len(ANSWER)) == ANSWER
         arrivals = await receiver.ask("2", seconds=10)
         writer.close()
 
     assert arrivals["repeats"] == 1
+    assert arrivals["forged"] == forged
 
 
 async def test_waiting_for_a_free_connection_counts_as_latency():

@@ -26,3 +26,8 @@ class Measurement:
     name: str
     round: Callable[[Stage], Awaitable[Samples]]
     figures: tuple[Figure, ...]
+    at: int | None = None  # where on a curve
+
+    @property
+    def label(self) -> str:
+        return self.name if self.at is None else f"{self.name} {self.at:,}"

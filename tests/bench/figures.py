@@ -5,19 +5,17 @@ once a round. A new row of the budgets is a function here and its entry in `MEAS
 """
 
 import asyncio
-import os
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 from tests.bench.budget import Figure, Measurement, Samples
 from tests.bench.burdens import BURDENS
+from tests.bench.disk import fsync_seconds
 from tests.bench.stage import Stage, System
+from tests.bench.tally import Tally
 
 WARM_UP = 0.25  # of the events that are then counted
 TURNS = 4  # of each system in a round: noise from outside lasts longer than a turn, so it falls on both
 STEADY_RATE = 500.0  # events a second
-FSYNCS = 200
 
 
 async def throughput(stage: Stage) -> Samples:
@@ -49,17 +47,6 @@ async def throughput(stage: Stage) -> Samples:
         }
 
 
-@dataclass(slots=True)
-class Tally:
-    """What a system's turns of one round add up to; times in seconds."""
-
-    events: int = 0
-    seconds: float = 0.0
-    cpu: float = 0.0
-    receiver_cpu: float = 0.0
-    load_cpu: float = 0.0
-
-
 async def take_turn(stage: Stage, system: System, tally: Tally) -> None:
     """Send one turn's events through a system that rests before and after."""
     events = stage.options.events // TURNS
@@ -86,18 +73,6 @@ async def latency(stage: Stage) -> Samples:
         "fsync p50": fsync * 1e3,
         "accept p99 in fsyncs": submitted["p99"] / fsync,
     }
-
-
-def fsync_seconds(file: Path) -> float:
-    """Take the median time that this disk needs to append 4 KiB and sync it, about what a commit does."""
-    times = []
-    with file.open("wb", buffering=0) as log:
-        for _ in range(FSYNCS):
-            began = time.monotonic()
-            log.write(bytes(4096))
-            os.fsync(log.fileno())
-            times.append(time.monotonic() - began)
-    return sorted(times)[FSYNCS // 2]
 
 
 async def idle(stage: Stage) -> Samples:

@@ -1,7 +1,9 @@
 """The load: posts events over keep-alive connections and tells how long the answers took.
 
-Each line on stdin is an order, `{"port": …, "events": …, "rate": …, "batch": …}`, and is answered with a line
-of figures; with a `batch`, so many events go into one request, and a rate counts requests.
+Each line on stdin is an order, `{"to": …, "events": …}` to a port of loopback or the path of a unix socket,
+and is answered with a line of figures. It may also have `connections`; a `batch`, so many events in one
+request; a `rate` of requests a second; the `size` of an event in bytes; and how many `types` of event come in
+turns.
 Without a rate every connection posts its next event when the last was answered (a closed loop). With one,
 events are posted at a steady pace whatever the answers do (an open loop), and an event's time counts from the
 moment it was due, also when no connection was free. An answer other than 202 ends the process with an error.
@@ -11,49 +13,59 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 from typing import cast
 
 from tests.bench.processes import new_loop, obey
 
 CONNECTIONS = 32
-FILLER = "The quick brown fox jumps over the lazy dog. " * 10
+FILLER = "The quick brown fox jumps over the lazy dog. "
+OTHERS = 123  # bytes of an event beside its content
+BATCH = "/v1/events/batch"
 
 
 class Load:
     """The connections to one system, the events waiting for a free one, and how long the answers took."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, to: int | str, connections: int = CONNECTIONS) -> None:
+        self._to = to
+        self._connections = connections
         self._idle: deque[Connection] = deque()
         self._waiting: deque[float | None] = deque()  # when each was due
         self._requests: list[bytes] = []
         self._latencies: list[float] = []
         self._posted_at: list[float] = []
         self._answers_due = 0
+        self.broken = False  # a connection was closed
         self._done: asyncio.Future[None] | None = None
 
     async def connect(self) -> None:
         loop = asyncio.get_running_loop()
-        for _ in range(CONNECTIONS):
-            _, connection = await loop.create_connection(partial(Connection, self), "127.0.0.1", self._port)
+        make = partial(Connection, self)
+        for _ in range(self._connections):
+            if isinstance(self._to, str):
+                _, connection = await loop.create_unix_connection(make, self._to)
+            else:
+                _, connection = await loop.create_connection(make, "127.0.0.1", self._to)
             self._idle.append(connection)
 
     def close(self) -> None:
         while self._idle:
             self._idle.pop().close()
 
-    async def run(self, events: int, rate: float | None, batch: int | None = None) -> dict[str, object]:
-        """Post this many events, wait for all answers, and return the figures in seconds."""
+    async def run(
+        self, events: int, *, rate: float | None = None, batch: int | None = None, **kind: int
+    ) -> dict[str, object]:
+        """Post this many events of a kind, wait for all answers, and return the figures in seconds."""
         # Taken from the end, so the first event is made last.
+        host = self._to if isinstance(self._to, int) else None
+        made = (event(number, **kind) for number in reversed(range(events)))
         if batch is None:
-            self._requests = [request(self._port, event(number)) for number in reversed(range(events))]
+            self._requests = [request(host, each) for each in made]
         else:
-            self._requests = [
-                batch_request(self._port, range(start, min(start + batch, events)))
-                for start in range(0, events, batch)
-            ]
+            self._requests = [request(host, {"events": each}, BATCH) for each in batched(made, batch)]
         events = len(self._requests)
         self._latencies, self._posted_at, self._answers_due = [], [], events
         self._done = asyncio.get_running_loop().create_future()
@@ -109,6 +121,7 @@ class Load:
 
     def fail(self, why: str) -> None:
         """End the run with an error; a connection closed between two runs is none."""
+        self.broken = True
         if self._done and not self._done.done():
             self._done.set_exception(ConnectionError(why))
 
@@ -144,21 +157,30 @@ class Connection(asyncio.Protocol):
             self._load.answered(self, head[9:12], self._due)
 
 
-def event(number: int) -> dict[str, object]:
-    """Make one event, about 600 bytes long as JSON."""
-    data = {"postId": f"post_{number:08}", "platforms": ["x", "linkedin"], "views": number, "content": FILLER}
-    return {"event": "post.published", "data": data}
+def event(number: int, size: int = 600, types: int = 0) -> dict[str, object]:
+    """Make one event, about so many bytes long as JSON."""
+    content = FILLER * (1 + size // len(FILLER))
+    data = {
+        "postId": f"post_{number:08}",
+        "platforms": ["x", "linkedin"],
+        "views": number,
+        "content": content[: size - OTHERS],
+    }
+    return {"event": f"post.{number % types}" if types else "post.published", "data": data}
 
 
-def batch_request(port: int, numbers: Iterable[int]) -> bytes:
-    return request(port, {"events": [event(number) for number in numbers]}, "/v1/events/batch")
+def batched(events: Iterable[object], size: int) -> Iterator[list[object]]:
+    remaining = iter(events)
+    while batch := list(islice(remaining, size)):
+        yield batch
 
 
-def request(port: int, content: object, path: str = "/v1/events") -> bytes:
+def request(port: int | None, content: object, path: str = "/v1/events") -> bytes:
     """Write one submission."""
     body = json.dumps(content).encode()
+    host = "localhost" if port is None else f"127.0.0.1:{port}"
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
@@ -166,15 +188,15 @@ def request(port: int, content: object, path: str = "/v1/events") -> bytes:
 
 async def serve() -> None:
     """Carry out orders; the connections to a system stay open from its first order on."""
-    loads: dict[int, Load] = {}
+    loads: dict[tuple[int | str, int], Load] = {}
 
     async def carry_out(order: str) -> dict[str, object]:
         wanted = json.loads(order)
-        port = wanted["port"]
-        if port not in loads:
-            loads[port] = Load(port)
-            await loads[port].connect()
-        return await loads[port].run(wanted["events"], wanted["rate"], wanted.get("batch"))
+        to = wanted.pop("to"), wanted.pop("connections", CONNECTIONS)
+        if to not in loads or loads[to].broken:
+            loads[to] = Load(*to)
+            await loads[to].connect()
+        return await loads[to].run(**wanted)
 
     await obey(carry_out)
 

@@ -1,16 +1,18 @@
 """A process seen from outside: started, heard, weighed and, whatever happens, ended.
 
-In comes a command line; out come the lines it prints and its CPU time and memory as Linux counts them. What
-a process is for, and what it is asked, is none of this module's business.
+In comes a command line; out come the lines it prints and its CPU time and memory as Linux counts them, its
+children's included. What a process is for, and what it is asked, is none of this module's business.
 """
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,21 +57,22 @@ class Running:
         return UnmeasuredError(f"{self.name} {what}\n{tail}")
 
     def cpu_seconds(self) -> float:
-        """User and system time of all its threads so far, also of those that have ended."""
-        # This is clock_getcpuclockid(3): nanoseconds, where /proc/PID/stat has hundredths of a second.
-        return time.clock_gettime(~self.process.pid << 3 | 2)
+        """User and system time so far of it and its children, also of threads and children that ended."""
+        return sum(map(cpu_seconds, family(self.process.pid)))
 
     def resident_megabytes(self) -> float:
         return self._megabytes("status", "VmRSS:")
 
     def proportional_megabytes(self) -> float:
-        """Memory with what is shared with other processes divided among them."""
-        return self._megabytes("smaps_rollup", "Pss:")
+        """Memory of it and its children, with what is shared with other processes divided among them."""
+        return self._megabytes("smaps_rollup", "Pss:", family(self.process.pid))
 
-    def _megabytes(self, file: str, label: str) -> float:
-        lines = Path(f"/proc/{self.process.pid}/{file}").read_text().splitlines()
-        kibibytes = next(line.split()[1] for line in lines if line.startswith(label))
-        return int(kibibytes) * 1024 / 1e6
+    def _megabytes(self, file: str, label: str, processes: Sequence[int] = ()) -> float:
+        kibibytes = 0
+        for process in processes or (self.process.pid,):
+            lines = Path(f"/proc/{process}/{file}").read_text().splitlines()
+            kibibytes += int(next(line.split()[1] for line in lines if line.startswith(label)))
+        return kibibytes * 1024 / 1e6
 
     async def rest(self, *, seconds: float = 3) -> None:
         """Wait until it has used next to no CPU for 50 ms, or give up and let the figures show it."""
@@ -102,9 +105,30 @@ async def started(
     try:
         yield Running(name=name, process=process, log=log)
     finally:
-        if process.returncode is None:
-            process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with its children
         await process.communicate()
+
+
+def family(process: int) -> list[int]:
+    """Return a process and all its descendants that are alive."""
+    found = [process]
+    for each in found:  # which grows meanwhile
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{each}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def cpu_seconds(process: int) -> float:
+    """User and system time of a process and of those it waited for; none once it has ended."""
+    try:
+        # This is clock_getcpuclockid(3): nanoseconds, where /proc/PID/stat has hundredths of a second.
+        own = time.clock_gettime(~process << 3 | 2)
+        of_children = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[13:15]
+    except OSError:
+        return 0.0
+    return own + sum(map(int, of_children)) / os.sysconf("SC_CLK_TCK")
 
 
 async def obey(carry_out: Callable[[str], Awaitable[object]]) -> None:

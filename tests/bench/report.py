@@ -1,23 +1,18 @@
-"""Samples in, a table for people or JSON for machines out."""
+"""Samples in, rows of a document and a table for people out."""
 
-import importlib.metadata
-import importlib.util
-import os
-import platform
-import sqlite3
 import statistics
-import time
-from pathlib import Path
 from typing import Any
 
-from tests.bench.budget import Figure
-from tests.bench.stage import Options, disk, filesystem
+from tests.bench.budget import Figure, Measurement
 
 
-def row(figure: Figure, samples: list[float]) -> dict[str, Any]:
-    """One figure with its budget, what came out, and what to say of it."""
+def row(measurement: Measurement, figure: Figure, samples: list[float]) -> dict[str, Any]:
+    """One figure with its budget, what came out, and what to say of it; on a curve, also where."""
     median = statistics.median(samples)
+    place = {} if measurement.at is None else {"at": measurement.at}
     return {
+        "measurement": measurement.name,
+        **place,
         "figure": figure.name,
         "unit": figure.unit,
         "floor": figure.floor,
@@ -52,7 +47,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         floor, aim = ("" if each[name] is None else f"{sign}{each[name]:g}" for name in ("floor", "aim"))
         spread = f"{short(each['min'])} to {short(each['max'])}"
         median = f"{short(each['median'])} {each['unit']}"
-        lines.append((each["figure"], floor, aim, median, spread, each["verdict"]))
+        name = f"{each['figure']}, {each['measurement']} {each['at']:,}" if "at" in each else each["figure"]
+        lines.append((name, floor, aim, median, spread, each["verdict"]))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -65,28 +61,7 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def machine(options: Options) -> dict[str, Any]:
-    """Describe what the figures were measured on."""
-    models = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-    ]
-    return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "cores": os.cpu_count(),
-        "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
-        "kernel": platform.release(),
-        "disk": filesystem(disk()),
-        "python": platform.python_version(),
-        "aiohttp": importlib.metadata.version("aiohttp"),
-        "sqlite": sqlite3.sqlite_version,
-        "loop": loop_name(options.loop),
-        "rounds": options.rounds,
-        "events": options.events,
-        "self_test": options.self_test,
-    }
-
-
-def loop_name(kind: str) -> str:
-    if kind == "asyncio" or not importlib.util.find_spec("uvloop"):
-        return "asyncio"
-    return f"uvloop {importlib.metadata.version('uvloop')}"
+def text(document: dict[str, Any]) -> str:
+    """Write a document for the eye: what was measured on, then its rows."""
+    lines = [f"{name}: {value}" for name, value in document["machine"].items()]
+    return "\n".join((*lines, "", table(document["figures"])))

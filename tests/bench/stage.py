@@ -6,7 +6,6 @@ fresh outbox or the bare handler. What a round measures is the business of `figu
 
 import asyncio
 import json
-import os
 import sys
 import tempfile
 import time
@@ -18,13 +17,14 @@ from typing import Any
 
 import trustme
 
+from tests.bench.disk import disk
 from tests.bench.processes import Running, UnmeasuredError, started
 from tests.process import free_port
 
 SECRET = "whsec_" + "c2VjcmV0IG9mIHRoZSBiZW5jaG1hcmsgb25seQ=="
 CONFIG = """
 [server]
-listen = "127.0.0.1:{port}"
+listen = "{listen}"
 {loop}
 
 [outbox]
@@ -39,8 +39,9 @@ ENDPOINT = """
 [[endpoints]]
 id = "{id}"
 url = "{url}"
-events = ["*"]
+events = ["{events}"]
 secret = "{secret}"
+{settings}
 """
 
 Prepare = Callable[[Path], Awaitable[None]]  # what is done to a folder before the relay starts in it
@@ -56,6 +57,8 @@ class Options:
     idle_seconds: float
     self_test: bool  # put the bare handler in the relay's seat too
     backlog: int = 1_000_000  # deliveries that wait, where a backlog is measured
+    tools: Path = Path(".bench")  # what the compared systems are installed in
+    quick: bool = False  # whether it runs, not how fast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +66,7 @@ class System:
     """A relay or a bare handler that has said it is ready."""
 
     running: Running
-    port: int
+    to: int | str  # a port of loopback, or the path of a unix socket
     ready_seconds: float  # from the start of its process
 
 
@@ -75,64 +78,91 @@ class Stage:
         self.folder = folder
         self.load = load
         self.receiver = receiver
-        self._url = url
+        self.url = url
         self._expected = 0
         self._started = 0
 
     @asynccontextmanager
     async def system(
-        self, seat: str, *, paths: Sequence[str] = ("",), prepare: Prepare | None = None, more: str = ""
+        self,
+        seat: str,
+        *,
+        paths: Sequence[str] = ("",),
+        prepare: Prepare | None = None,
+        more: str = "",
+        unix: bool = False,
+        loop: str | None = None,
     ) -> AsyncIterator[System]:
         """Start what sits in this seat, wait until it is ready, and end it with the block.
 
-        A relay has an endpoint for each path of the receiver's, and whatever `more` says in its config.
+        A relay has an endpoint for each path of the receiver's, and whatever `more` says in its config. It
+        listens on a port, or on a `unix` socket in its folder.
         """
-        self._started += 1
-        folder = self.folder / f"{self._started}-{seat}"
-        folder.mkdir()
-        port = free_port()
+        folder = self.new_folder(seat)
         if prepare is not None:
             await prepare(folder)
+        loop = loop or self.options.loop
+        to: int | str = free_port()
         if seat == "bare" or self.options.self_test:
-            command = self._bare(port)
+            command = self._bare(to, loop)
         else:
-            command = self._relay(folder, port, "".join(self._endpoint(path) for path in paths) + more)
+            to = str(folder / "socket") if unix else to
+            more = "".join(map(self.endpoint, paths)) + more
+            command = self._relay(folder, f"unix:{to}" if unix else f"127.0.0.1:{to}", loop, more)
         trust = {"SSL_CERT_FILE": str(self.folder / "ca.pem")}
         began = time.monotonic()
         async with started(
             *command, name=seat, log=folder / "log", environment=trust, heard=False
         ) as running:
-            await until_ready(running, port)
-            yield System(running=running, port=port, ready_seconds=time.monotonic() - began)
+            await until_ready(running, to)
+            yield System(running=running, to=to, ready_seconds=time.monotonic() - began)
+
+    def new_folder(self, seat: str) -> Path:
+        self._started += 1
+        folder = self.folder / f"{self._started}-{seat}"
+        folder.mkdir()
+        return folder
 
     async def submit(
         self,
         system: System,
         events: int,
         *,
-        rate: float | None = None,
-        batch: int | None = None,
         copies: int = 1,
+        **order: Any,
     ) -> dict[str, Any]:
-        """Post events, wait until each is answered and has arrived, and say when and how fast.
+        """Post events to a system as the load's order says; see `hand_over`."""
+        wanted = {name: value for name, value in order.items() if value is not None}
+        return await self.hand_over(
+            self.load, system.running, {"to": system.to, "events": events, **wanted}, copies=copies
+        )
 
-        To the load's own figures (seconds) this adds `last_at`, when the last event came to the receiver. An
-        event that came twice is an error: every answer was 200, so nothing had to be sent again. Each event
-        is to come to so many of the receiver's paths (`copies`).
+    async def hand_over(
+        self, sender: Running, system: Running, order: dict[str, Any], *, copies: int = 1
+    ) -> dict[str, Any]:
+        """Have a sender hand events over, wait until each has arrived, and say when and how fast.
+
+        To the sender's own figures (seconds) this adds `last_at`, when the last event came to the receiver.
+        An event that came twice is an error: every answer was 200, so nothing had to be sent again. Each
+        event is to come to so many of the receiver's paths (`copies`).
         """
-        order = json.dumps({"port": system.port, "events": events, "rate": rate, "batch": batch})
+        events = order["events"]
         self._expected += events * copies
         try:
-            figures: dict[str, Any] = await self.load.ask(order, seconds=60 + events / (rate or 200))
-            arrivals = await self.receiver.ask(str(self._expected), seconds=60)
+            figures: dict[str, Any] = await sender.ask(
+                json.dumps(order), seconds=60 + events / (order.get("rate") or 200)
+            )
+            arrivals = await self.receiver.ask(str(self._expected), seconds=60 + events * copies / 200)
         except UnmeasuredError as error:
-            raise system.running.failed(f"did not bring all events to the receiver: {error}") from error
-        if arrivals["repeats"]:
-            raise UnmeasuredError(f"{arrivals['repeats']} events came to the receiver more than once")
+            raise system.failed(f"did not bring all events to the receiver: {error}") from error
+        if arrivals["repeats"] or arrivals["forged"]:
+            raise UnmeasuredError(
+                f"{arrivals['repeats']} events came more than once, {arrivals['forged']} were badly signed"
+            )
         return {**figures, "last_at": arrivals["last_at"]}
 
-    def _bare(self, port: int) -> tuple[str, ...]:
-        arguments = ("--port", str(port), "--url", self._url, "--secret", SECRET, "--loop", self.options.loop)
+    def _bare(self, port: int, loop: str) -> tuple[str, ...]:
+        arguments = ("--port", str(port), "--url", self.url, "--secret", SECRET, "--loop", loop)
         return python("tests.bench.bare", *arguments)
 
     async def lags(self, submitted: dict[str, Any]) -> list[float]:
@@ -141,14 +171,16 @@ class Stage:
         arrived = await self.receiver.ask("arrivals", seconds=30)
         return sorted(at - posted[number] for number, at in arrived)
 
-    def _endpoint(self, path: str) -> str:
+    def endpoint(self, path: str, events: str = "*", settings: str = "") -> str:
+        """Write the config of an endpoint at one of the receiver's paths."""
         id_ = path.strip("/").replace("/", "-") or "main"
-        return ENDPOINT.format(id=id_, url=self._url + path.strip("/"), secret=SECRET)
+        url = self.url + path.strip("/")
+        return ENDPOINT.format(id=id_, url=url, events=events, secret=SECRET, settings=settings)
 
-    def _relay(self, folder: Path, port: int, more: str) -> tuple[str, ...]:
-        loop = "" if self.options.loop == "auto" else f'loop = "{self.options.loop}"'
+    def _relay(self, folder: Path, listen: str, loop: str, more: str) -> tuple[str, ...]:
+        chosen = "" if loop == "auto" else f'loop = "{loop}"'
         config = folder / "relay.toml"
-        config.write_text(CONFIG.format(port=port, folder=folder, loop=loop, more=more))
+        config.write_text(CONFIG.format(listen=listen, folder=folder, loop=chosen, more=more))
         return python("relay", "serve", "--config", str(config))
 
 
@@ -162,7 +194,7 @@ async def open_stage(options: Options) -> AsyncIterator[Stage]:
         authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(
             str(folder / "cert.pem")
         )
-        command = python("tests.bench.receiver", str(folder / "cert.pem"))
+        command = python("tests.bench.receiver", str(folder / "cert.pem"), SECRET)
         async with (
             started(*command, name="receiver", log=folder / "receiver.log") as receiver,
             started(*python("tests.bench.load"), name="load", log=folder / "load.log") as load,
@@ -171,11 +203,11 @@ async def open_stage(options: Options) -> AsyncIterator[Stage]:
             yield Stage(options, folder, load, receiver, f"https://localhost:{port}/")
 
 
-async def until_ready(running: Running, port: int) -> None:
+async def until_ready(running: Running, to: int | str) -> None:
     """Ask `/readyz` every few milliseconds until it answers 200."""
     try:
         async with asyncio.timeout(20):
-            while not await is_ready(port):
+            while not await is_ready(to):
                 if running.process.returncode is not None:
                     raise running.failed(f"ended with code {running.process.returncode}")
                 await asyncio.sleep(0.005)
@@ -183,10 +215,14 @@ async def until_ready(running: Running, port: int) -> None:
         raise running.failed("was not ready in 20 s") from None
 
 
-async def is_ready(port: int) -> bool:
+async def is_ready(to: int | str) -> bool:
     try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(f"GET /readyz HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())
+        if isinstance(to, str):
+            reader, writer = await asyncio.open_unix_connection(to)
+        else:
+            reader, writer = await asyncio.open_connection("127.0.0.1", to)
+        host = "localhost" if isinstance(to, str) else f"127.0.0.1:{to}"
+        writer.write(f"GET /readyz HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         answer = await reader.readline()
         writer.close()
     except OSError:
@@ -196,19 +232,3 @@ async def is_ready(port: int) -> bool:
 
 def python(module: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", module, *arguments)
-
-
-def disk() -> Path:
-    """Choose where outboxes go: never into memory, where an fsync costs nothing."""
-    temporary = Path(tempfile.gettempdir())
-    return Path.cwd() if filesystem(temporary) in {"tmpfs", "ramfs"} else temporary
-
-
-def filesystem(folder: Path) -> str:
-    """Name the type of the file system that holds a folder, as the kernel does."""
-    device = folder.stat().st_dev
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        mount, _, kind = line.partition(" - ")
-        if mount.split()[2] == f"{os.major(device)}:{os.minor(device)}":
-            return kind.split()[0]
-    return "unknown"
