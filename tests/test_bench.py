@@ -10,6 +10,7 @@ import os
 import signal
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,16 @@ from pathlib import Path
 import pytest
 import trustme
 
+from tests.bench.compared.rivals import RIVALS, Rival, relay
+from tests.bench.comparison import comparison
+from tests.bench.curves import CURVES
 from tests.bench.figures import MEASUREMENTS, Figure
 from tests.bench.load import CONNECTIONS, Load
-from tests.bench.processes import started
+from tests.bench.processes import family, started
 from tests.bench.receiver import ANSWER
 from tests.bench.report import verdict
-from tests.bench.stage import SECRET, python
+from tests.bench.rounds import run
+from tests.bench.stage import SECRET, Options, open_stage, python
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,15 +37,95 @@ ROOT = Path(__file__).parent.parent
 )
 def test_a_quick_benchmark_measures_every_figure():
     """A benchmark that nobody runs for weeks must still run when a budget is in doubt."""
-    command = python("tests.bench", "--quick", "--json")
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False)
-
-    assert finished.returncode == 0, finished.stderr.decode()
-    report = json.loads(finished.stdout)
+    report = json.loads(bench("--quick", "--json").stdout)
     medians = {each["figure"]: each["median"] for each in report["figures"]}
     assert list(medians) == [figure.name for each in MEASUREMENTS for figure in each.figures]
-    assert all(median > 0 for name, median in medians.items() if name != "idle CPU")
+    assert not [name for name, median in medians.items() if median <= 0 and "idle CPU" not in name]
+    assert len(report["rounds"]) == len(MEASUREMENTS)
     assert report["machine"]["cores"] == os.cpu_count()
+
+
+def test_quick_curves_have_every_point_and_can_be_drawn_and_tabulated(tmp_path: Path):
+    """Curves are drawn once in a release, which is too late to find out that they cannot be."""
+    picture, stored = tmp_path / "curves.svg", tmp_path / "curves.json"
+    measured = bench("--curves", "--quick", "--json", "--plot", str(picture))
+    stored.write_text(measured.stdout)
+    table = bench("--read", str(stored), "--table").stdout
+
+    report = json.loads(measured.stdout)
+    expected = [
+        (curve.name, place, figure.name)
+        for curve in CURVES
+        for place in curve.quick
+        for figure in curve.figures
+    ]
+    assert [(each["measurement"], each["at"], each["figure"]) for each in report["figures"]] == expected
+    assert all(each["median"] > 0 for each in report["figures"])
+    open_ = next(each for each in report["figures"] if each["figure"] == "connections open")
+    assert open_["median"] == open_["at"]
+    assert [curve.of for curve in CURVES if f"<!-- {curve.of} -->" not in picture.read_text()] == []
+    assert [curve.name for curve in CURVES if f"| {curve.name} |" not in table] == []
+
+
+async def test_the_relay_beside_itself_is_counted_with_its_application(tmp_path: Path):
+    """What the application spends on handing over is part of the price, of the relay as of all others."""
+    itself = Rival(name="itself", tool="none", settings="", keeps="all", open=relay)
+    options = Options(rounds=1, events=100, loop="auto", idle_seconds=0, self_test=False, quick=True)
+    async with open_stage(options) as stage, asyncio.timeout(40):
+        found = await run(stage, [comparison((itself,))])
+        async with relay(stage) as line:
+            carriers = sum(each.cpu_seconds() for each in line.carriers)
+            of_application = line.cpu_seconds() - carriers
+    medians = {each["figure"]: each["median"] for each in found["figures"]}
+
+    assert all(median > 0 for median in medians.values())
+    assert of_application > 0
+    (one,) = found["rounds"]
+    assert (one["measurement"], one["round"], len(one["load_average"])) == ("comparison", 1, 2)
+
+
+def test_what_is_not_set_up_is_skipped_with_its_reason_and_the_command(tmp_path: Path):
+    """A comparison that leaves somebody out in silence would claim too much."""
+    finished = bench("--compare", "all", "--tools", str(tmp_path), code=1)
+
+    for name, lacking in (("celery", "requests"), ("huey", "requests"), ("bullmq", "ioredis")):
+        (line,) = (line for line in finished.stderr.splitlines() if line.startswith(f"{name} is skipped"))
+        assert lacking in line
+        assert f"`python -m tests.bench --setup {name}`" in line
+
+
+@pytest.mark.compared
+def test_all_that_teams_use_is_measured():
+    """After `python -m tests.bench --setup all`."""
+    report = json.loads(bench("--compare", "all", "--quick", "--json").stdout)
+
+    assert report["skipped"] == {}
+    assert [each["name"] for each in report["systems"]] == [each.name for each in RIVALS]
+    assert all(each["median"] > 0 for each in report["figures"])
+
+
+async def test_what_a_child_used_counts_as_its_parents(tmp_path: Path):
+    """Celery works in child processes; some systems have ended one by the time they are asked."""
+    burn = "import time\nwhile time.process_time() < 0.3: pass\n"
+    stay = f"{burn}print(2, flush=True)\ninput()"
+    script = (
+        "import subprocess, sys\n"
+        f"subprocess.run([sys.executable, '-c', {burn!r}])\n"
+        "print(1, flush=True)\n"
+        f"subprocess.run([sys.executable, '-c', {stay!r}])\n"
+    )
+    command = (sys.executable, "-c", script)
+    async with started(*command, name="parent", log=tmp_path / "log") as parent, asyncio.timeout(30):
+        await parent.hear(seconds=20)
+        of_an_ended_child = parent.cpu_seconds()
+        await parent.hear(seconds=20)
+        of_two = parent.cpu_seconds()
+        processes = family(parent.process.pid)
+
+    assert of_an_ended_child > 0.25
+    assert of_two - of_an_ended_child > 0.25
+    assert len(processes) == 2
+    wait_until(lambda: not any(map(alive, processes)))
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
@@ -48,14 +133,14 @@ def test_an_interrupted_benchmark_leaves_nothing_behind(signal_number: signal.Si
     """A relay left over from a benchmark would slow every later one on the machine."""
     command = python("tests.bench", "--self-test", "--only", "throughput")
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as bench:
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as running:
         try:
-            wait_until(lambda: len(children(bench.pid)) == 4)
-            processes = children(bench.pid)
-            bench.send_signal(signal_number)
-            code = bench.wait(timeout=20)
+            wait_until(lambda: len(children(running.pid)) == 4)
+            processes = children(running.pid)
+            running.send_signal(signal_number)
+            code = running.wait(timeout=20)
         finally:
-            bench.kill()
+            running.kill()
 
     assert code == 130
     assert not [process for process in processes if Path(f"/proc/{process}").exists()]
@@ -132,6 +217,21 @@ def test_a_verdict_says_which_bound_was_kept(*, at_least: bool, median: float, s
     floor, aim = (low, high) if at_least else (high, low)
 
     assert verdict(Figure(name="figure", floor=floor, aim=aim, at_least=at_least), median) == said
+
+
+def bench(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = python("tests.bench", *arguments)
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == code, finished.stderr
+    return finished
+
+
+def alive(process: int) -> bool:
+    """An orphan that was killed is a zombie until somebody waits for it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def children(process: int) -> list[int]:

@@ -115,8 +115,16 @@ def parse() -> tuple[argparse.Namespace, Options]:
 
 def documents(arguments: argparse.Namespace, options: Options) -> list[dict[str, Any]] | str:
     if arguments.read:
-        return [json.loads(file.read_text()) for file in arguments.read]
+        return [stored(file) for file in arguments.read]
     return asyncio.run(bench(arguments, options))
+
+
+def stored(file: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise UnmeasuredError(f"{file} is not what --json printed: {error}") from None
+    return document
 
 
 def printed(arguments: argparse.Namespace, found: list[dict[str, Any]] | str) -> str:

@@ -4,20 +4,19 @@ A curve is a measurement at several places. Its figures are plain, not ratios: w
 stay the same along the curve.
 """
 
-import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from tests.bench.budget import Figure, Measurement, Samples
-from tests.bench.burdens import STUCK, fill
+from tests.bench.burdens import STUCK, burdened_with
 from tests.bench.stage import Stage, System
 
 EVENTS_PER_SECOND = Figure(name="events/s")
 CPU = Figure(name="CPU per event", unit="µs")
 RSS = Figure(name="RSS", unit="MB")
 BYTES = 20_000_000  # of one point's bodies together, at most
+SLOW = 500  # events for each that is under way at once, at most: few at once are slow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,16 +63,8 @@ async def body(size: int, stage: Stage) -> Samples:
 
 async def pending(count: int, stage: Stage) -> Samples:
     """Measure beside deliveries that wait for an endpoint that is paused."""
-    count = min(count, stage.options.backlog)
-    filled = stage.folder / f"backlog-{count}.db"
-    if count and not filled.exists():
-        await fill(filled, count, paused=True)
-
-    async def take_over(folder: Path) -> None:
-        if count:
-            shutil.copyfile(filled, folder / "relay.db")
-
-    async with stage.system("relay", more=STUCK, prepare=take_over) as system:
+    burden = await burdened_with(stage, count) if count else None
+    async with stage.system("relay", more=STUCK, prepare=burden) as system:
         return await load(stage, system)
 
 
@@ -81,13 +72,14 @@ async def concurrency(most: int, stage: Stage) -> Samples:
     """Let the endpoint have so many attempts at once."""
     more = stage.endpoint("", settings=f"concurrency = {most}")
     async with stage.system("relay", paths=(), more=more) as system:
-        return await load(stage, system)
+        return await load(stage, system, events=min(stage.options.events, SLOW * most))
 
 
 async def submitters(connections: int, stage: Stage) -> Samples:
     """Submit over so many connections at once."""
     async with stage.system("relay") as system:
-        return await load(stage, system, connections=connections)
+        events = min(stage.options.events, SLOW * connections)
+        return await load(stage, system, events=events, connections=connections)
 
 
 async def connections_in(count: int, stage: Stage) -> Samples:
@@ -138,7 +130,7 @@ CURVES = (
         name="fan-out",
         of="endpoints that get each event",
         places=(1, 3, 10),
-        quick=(1, 3),
+        quick=(3,),
         round=fan_out,
         figures=(Figure(name="deliveries/s"), Figure(name="CPU per delivery", unit="µs"), RSS),
     ),
@@ -146,35 +138,35 @@ CURVES = (
         name="body",
         of="bytes of an event",
         places=(200, 2_000, 20_000, 200_000),
-        quick=(200, 2_000),
+        quick=(2_000,),
         round=body,
     ),
     Curve(
         name="pending",
         of="deliveries that wait",
         places=(0, 10_000, 100_000, 1_000_000),
-        quick=(0, 1_000),
+        quick=(1_000,),
         round=pending,
     ),
     Curve(
         name="concurrency",
         of="attempts at once",
         places=(1, 4, 16, 64, 256),
-        quick=(1, 16),
+        quick=(16,),
         round=concurrency,
     ),
     Curve(
         name="submitters",
         of="connections that submit",
         places=(1, 4, 16, 64, 256),
-        quick=(1, 16),
+        quick=(16,),
         round=submitters,
     ),
     Curve(
         name="connections in",
         of="connections to the relay",
         places=(1, 100, 1_000),
-        quick=(1, 50),
+        quick=(50,),
         round=connections_in,
         figures=(RSS,),
     ),
@@ -182,7 +174,7 @@ CURVES = (
         name="connections out",
         of="connections to a receiver",
         places=(1, 100, 1_000),
-        quick=(1, 50),
+        quick=(50,),
         round=connections_out,
         figures=(RSS, Figure(name="connections open")),
     ),

@@ -34,3 +34,12 @@ def fsync_seconds(file: Path) -> float:
             os.fsync(log.fileno())
             times.append(time.monotonic() - began)
     return sorted(times)[FSYNCS // 2]
+
+
+def sync(file: Path) -> None:
+    """Have a file on disk now, or the kernel writes it while the next is measured."""
+    descriptor = os.open(file, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -4,14 +4,13 @@ Each measurement is one function: a stage in, one sample of each of its figures 
 once a round. A new row of the budgets is a function here and its entry in `MEASUREMENTS`.
 """
 
-import asyncio
-import time
-
 from tests.bench.budget import Figure, Measurement, Samples
 from tests.bench.burdens import BURDENS
 from tests.bench.disk import fsync_seconds
-from tests.bench.stage import Stage, System
+from tests.bench.processes import started
+from tests.bench.stage import Stage, System, python
 from tests.bench.tally import Tally
+from tests.bench.ways import WAYS, idle_percent
 
 WARM_UP = 0.25  # of the events that are then counted
 TURNS = 4  # of each system in a round: noise from outside lasts longer than a turn, so it falls on both
@@ -32,13 +31,20 @@ async def throughput(stage: Stage) -> Samples:
         for system in (relay, bare, bare, relay) * (TURNS // 2):
             await take_turn(stage, system, tallies[system])
         ours, yardstick = tallies[relay], tallies[bare]
+        together = await stage.commit_size(relay)
+        sqlite = await sqlite_cpu(stage, max(1, round(together / 2)))
+        cpu, limit = ours.cpu / ours.events * 1e6, yardstick.cpu / yardstick.events * 1e6 + sqlite
         return {
             "events/s against bare": yardstick.seconds / ours.seconds,
             "CPU per event against bare": ours.cpu / yardstick.cpu,
             "relay events/s": ours.events / ours.seconds,
             "bare events/s": yardstick.events / yardstick.seconds,
-            "relay CPU per event": ours.cpu / ours.events * 1e6,
+            "relay CPU per event": cpu,
             "bare CPU per event": yardstick.cpu / yardstick.events * 1e6,
+            "SQLite CPU per event": sqlite,
+            "CPU per event above bare and SQLite": cpu - limit,
+            "CPU per event against bare and SQLite": cpu / limit,
+            "accepts and outcomes in a commit": together,
             "receiver CPU per event": ours.receiver_cpu / ours.events * 1e6,
             "load CPU per event": ours.load_cpu / ours.events * 1e6,
             "relay RSS loaded": relay.running.resident_megabytes(),
@@ -60,6 +66,17 @@ async def take_turn(stage: Stage, system: System, tally: Tally) -> None:
     tally.load_cpu += submitted["cpu_seconds"]
 
 
+async def sqlite_cpu(stage: Stage, batch: int) -> float:
+    """Measure what the rows of an event cost SQLite alone, in commits of so many events; in µs."""
+    file = stage.new_folder("rows") / "rows.db"
+    command = python(
+        "tests.bench.rows", str(file), "--events", str(stage.options.events), "--batch", str(batch)
+    )
+    async with started(*command, name="rows", log=file.with_suffix(".log")) as rows:
+        measured = await rows.hear(seconds=60)
+    return float(measured["cpu_seconds"]) / stage.options.events * 1e6
+
+
 async def latency(stage: Stage) -> Samples:
     """Submit to the relay at a steady pace that is far from its limit, and look at how long the 202 takes."""
     fsync = fsync_seconds(stage.folder / "fsync")
@@ -79,12 +96,9 @@ async def idle(stage: Stage) -> Samples:
     """Start the relay with nothing to do and leave it alone."""
     async with stage.system("relay") as system:
         await system.running.rest()
-        cpu, began = system.running.cpu_seconds(), time.monotonic()
-        await asyncio.sleep(stage.options.idle_seconds)
-        share = (system.running.cpu_seconds() - cpu) / (time.monotonic() - began)
         return {
             "start to ready": system.ready_seconds,
-            "idle CPU": share * 100,
+            "idle CPU": await idle_percent(system, stage.options.idle_seconds),
             "RSS idle": system.running.resident_megabytes(),
             "PSS idle": system.running.proportional_megabytes(),
         }
@@ -101,6 +115,10 @@ MEASUREMENTS = (
             Figure(name="bare events/s"),
             Figure(name="relay CPU per event", unit="µs"),
             Figure(name="bare CPU per event", unit="µs"),
+            Figure(name="SQLite CPU per event", unit="µs"),
+            Figure(name="CPU per event above bare and SQLite", unit="µs"),
+            Figure(name="CPU per event against bare and SQLite"),
+            Figure(name="accepts and outcomes in a commit"),
             Figure(name="receiver CPU per event", unit="µs"),
             Figure(name="load CPU per event", unit="µs"),
             Figure(name="relay RSS loaded", unit="MB", floor=100, aim=60),
@@ -129,4 +147,5 @@ MEASUREMENTS = (
         ),
     ),
     *BURDENS,
+    *WAYS,
 )

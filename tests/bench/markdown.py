@@ -52,13 +52,22 @@ def curves(rows: list[Row]) -> list[str]:
     by_curve: dict[str, dict[str, list[Row]]] = {}
     for each in rows:
         by_curve.setdefault(each["measurement"], {}).setdefault(each["figure"], []).append(each)
-    lines = ["| what grows | from … to | figure | medians |", "|---|---|---|---|"]
+    lines = ["| what grows | places | figure | medians |", "|---|---|---|---|"]
     for curve, figures in by_curve.items():
         for figure, points in figures.items():
             places = " / ".join(f"{each['at']:,}" for each in points)
             medians = " / ".join(short(each["median"]) for each in points)
-            lines.append(f"| {curve} | {places} | {figure} | {medians} {points[0]['unit']} |")
+            medians = f"{medians} {points[0]['unit']}".rstrip()
+            lines.append(f"| {curve} | {places} | {figure} | {medians} |")
+        if curve.startswith("connections") and len(figures["RSS"]) > 1:
+            lines.append(f"| {curve} | | memory of each | {each_kilobytes(figures['RSS']):.0f} kB |")
     return lines
+
+
+def each_kilobytes(points: list[Row]) -> float:
+    """Divide what memory grew by from the first place to the last among the connections that came."""
+    first, last = points[0], points[-1]
+    return float((last["median"] - first["median"]) / (last["at"] - first["at"]) * 1e3)
 
 
 def origin(document: dict[str, Any]) -> str:

@@ -165,6 +165,19 @@ class Stage:
         arguments = ("--port", str(port), "--url", self.url, "--secret", SECRET, "--loop", loop)
         return python("tests.bench.bare", *arguments)
 
+    async def commit_size(self, system: System) -> float:
+        """Return how many accepts and outcomes a relay took into a commit on average, by its metrics."""
+        name = "relay_store_commit_batch_size"
+        text = (await get(system.to, "/metrics")).decode()
+        found = {
+            label: float(value)
+            for label, _, value in (line.rpartition(" ") for line in text.splitlines())
+            if label in {f"{name}_sum", f"{name}_count"}
+        }
+        return (
+            found[f"{name}_sum"] / found[f"{name}_count"] if found else 1.0
+        )  # a bare handler has no metrics
+
     async def lags(self, submitted: dict[str, Any]) -> list[float]:
         """Return how long each delivery of a paced submission took to the timed paths, sorted."""
         posted: list[float] = submitted["posted_at"]
@@ -217,17 +230,22 @@ async def until_ready(running: Running, to: int | str) -> None:
 
 async def is_ready(to: int | str) -> bool:
     try:
-        if isinstance(to, str):
-            reader, writer = await asyncio.open_unix_connection(to)
-        else:
-            reader, writer = await asyncio.open_connection("127.0.0.1", to)
-        host = "localhost" if isinstance(to, str) else f"127.0.0.1:{to}"
-        writer.write(f"GET /readyz HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-        answer = await reader.readline()
-        writer.close()
+        return b" 200 " in (await get(to, "/readyz")).partition(b"\r\n")[0]
     except OSError:
         return False
-    return b" 200 " in answer
+
+
+async def get(to: int | str, path: str) -> bytes:
+    """Return a whole answer, head and all."""
+    if isinstance(to, str):
+        reader, writer = await asyncio.open_unix_connection(to)
+    else:
+        reader, writer = await asyncio.open_connection("127.0.0.1", to)
+    host = "localhost" if isinstance(to, str) else f"127.0.0.1:{to}"
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    return answer
 
 
 def python(module: str, *arguments: str) -> tuple[str, ...]:
