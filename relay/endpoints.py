@@ -20,7 +20,7 @@ from relay.clock import Clock
 from relay.config import DeliverySettings, SettingsError, read_api_endpoint
 from relay.health import set_right, was_at_rest
 from relay.model import Endpoint, Health
-from relay.outbox import FullError, KeptEndpoint, Outbox
+from relay.outbox import KeptEndpoint, Outbox, UnavailableError
 from relay.signing import PRIVATE_KEY, SHARED_KEY, secret_of
 from relay.subscription import Subscriptions
 
@@ -128,7 +128,7 @@ class Endpoints:
     ) -> Changes:
         """Go on with another config; endpoints that are the same in it notice nothing.
 
-        Raises FullError, and then nothing has changed.
+        Raises UnavailableError, and then nothing has changed.
         """
         async with self._one_at_a_time:
             before, aside_before = self._registered, self._aside
@@ -142,7 +142,7 @@ class Endpoints:
             try:
                 for each in added:
                     await self._outbox.keep_endpoint(kept_of(each, aside))
-            except FullError:
+            except UnavailableError:
                 self._configured, self._defaults, self._policy = rules
                 raise
             self._registered, self._aside = registered, aside
@@ -173,7 +173,7 @@ class Endpoints:
             return await self._outbox.drop_endpoint(
                 id_, KeptEndpoint(id=id_, settings=self._aside.get(id_), paused=paused)
             )
-        except FullError:  # what waits for it stays until the next start cancels it
+        except UnavailableError:  # what waits for it stays until the next start cancels it
             return 0
 
     def _joined(self, kept: Sequence[KeptEndpoint]) -> tuple[dict[str, Registered], dict[str, bytes]]:
@@ -264,7 +264,7 @@ class Endpoints:
             health = await self._lanes.drop(id_)
             try:
                 return await self._outbox.drop_endpoint(id_)
-            except FullError:
+            except UnavailableError:
                 self._registered[id_] = registered
                 self._change(self._subscriptions())
                 await self._lanes.keep(registered.endpoint, paused=registered.paused, health=health)
@@ -302,7 +302,9 @@ class Endpoints:
                     for each in self.all():
                         if each.overlap_until_ms is not None and each.overlap_until_ms <= now_ms:
                             await self._update(each, {})
-            except FullError:  # the older secret signs on until there is room to write that it does not
+            except (
+                UnavailableError
+            ):  # the older secret signs on until there is room to write that it does not
                 await self._clock.wait(asyncio.Event(), now_ms + FULL_RETRY_MS)
 
     async def _update(

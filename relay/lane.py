@@ -19,7 +19,7 @@ from relay import health as rules
 from relay.clock import JUMP_MS, Clock, ahead_ms
 from relay.metrics import Metrics
 from relay.model import Attempt, Delivery, Endpoint, Health, Message, Outcome, Standing, State, Verdict
-from relay.outbox import Expired, FullError, Outbox
+from relay.outbox import Expired, Outbox, UnavailableError
 from relay.pace import Bucket, Limit
 from relay.recent import Recent
 from relay.report import MakesNews, Reporter
@@ -196,12 +196,12 @@ class Lane:
         opens_ms, free = self._opens_ms(), self._free
         if self._stopping() or opens_ms is None or opens_ms > now_ms or free <= 0:
             return []
-        standing = self.health.standing
+        standing, seconds = self.health.standing, self.endpoint.timeout_seconds
         if standing is Standing.DOWN:
-            probe = await self._outbox.probe(self.endpoint.id)
+            probe = await self._outbox.probe(self.endpoint.id, attempt_seconds=seconds)
             deliveries = [probe] if probe is not None else []
         else:
-            deliveries = await self._outbox.claim(self.endpoint.id, free, now_ms)
+            deliveries = await self._outbox.claim(self.endpoint.id, free, now_ms, attempt_seconds=seconds)
         self._claimed |= {delivery.handle: delivery for delivery in deliveries}
         if self._stopping():  # told so during the look: `run` hands these back
             return []
@@ -242,7 +242,7 @@ class Lane:
         try:
             async with self._around.connections:
                 at_ms, begun = self._clock.now_ms(), self._clock.monotonic()
-                if self._may_begin(at_ms, probe=probe):
+                if self._may_begin(at_ms, probe=probe) and self._outbox.holds(delivery):
                     outcome = await self._outcome(delivery, number, at_ms)
         finally:
             self.sending -= 1
@@ -348,7 +348,7 @@ class Lane:
             patience = await self._outbox.expire(
                 self.endpoint.id, now_ms - age_ms, self.health.age_from_ms, now_ms
             )
-        except FullError:
+        except UnavailableError:
             self._expiry_ms = now_ms + UNSPENT_REST_MS
             return
         oldest_ms = patience.oldest_ms if patience.oldest_ms is not None else now_ms
@@ -362,7 +362,7 @@ class Lane:
             return
         try:
             receipts = await self._outbox.accept(news)
-        except FullError as error:
+        except UnavailableError as error:
             log.warning("outbox_full", extra={"untold": len(news), "error": str(error)})
         else:
             self._around.wake(endpoint for receipt in receipts for endpoint in receipt.endpoints)
@@ -387,7 +387,7 @@ class Lane:
             await self._outbox.advance(self.endpoint.id, now_ms + round(longest_seconds * 1000), now_ms)
             if self._to_keep:
                 await self._keep_health()
-        except FullError:
+        except UnavailableError:
             return  # the next turn tries again
         self._clock_was_set = False
 

@@ -198,6 +198,7 @@ class Delivery:
     digest: bytes | None  # of the event as accepted; None: it has not left the memory since
     ordered: bool = False  # among those of its event's key
     replayed: bool = False  # pending because somebody asked for it
+    epoch: int = 0  # of the claim, where several relays may claim
 
 
 @immutable

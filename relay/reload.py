@@ -21,7 +21,7 @@ from relay.api.guard import LOOPBACK_HOSTS, Access
 from relay.api.state import Reloaded, State
 from relay.catalogue import Catalogue
 from relay.config import Config, ConfigError, Server, load
-from relay.outbox import FullError, StoppingError
+from relay.outbox import StoppingError, UnavailableError
 from relay.systemd import ServiceManager
 
 log = logging.getLogger("relay")
@@ -33,9 +33,12 @@ FIXED = (
     "server.loop",
     "server.page",
     "outbox.path",
+    "outbox.url",
     "outbox.durability",
     "outbox.max_size",
     "outbox.max_pending",
+    "outbox.heartbeat_seconds",
+    "outbox.dead_after_seconds",
 )
 LONGEST_READ_SECONDS = 30.0
 MOST_TOLD = 1000  # mistakes in one line of the log
@@ -58,7 +61,7 @@ class Reloader:
     async def __call__(self) -> Reloaded:
         """Put the config as it is now into force; what is raised instead is told in the log.
 
-        Raises ConfigError, FullError, StoppingError.
+        Raises ConfigError, UnavailableError, StoppingError.
         """
         async with self._one_at_a_time:
             metrics = self.state.metrics
@@ -68,7 +71,7 @@ class Reloader:
                 metrics.reload_successful = False
                 refused(error.problems)
                 raise
-            except (FullError, StoppingError) as error:
+            except (UnavailableError, StoppingError) as error:
                 metrics.reload_successful = False
                 refused([str(error)])
                 raise
@@ -86,7 +89,7 @@ class Reloader:
         while True:
             await asked.wait()
             asked.clear()
-            with suppress(ConfigError, FullError, StoppingError):  # told already
+            with suppress(ConfigError, UnavailableError, StoppingError):  # told already
                 await self()
 
     async def _reload(self) -> Reloaded:
@@ -101,7 +104,7 @@ class Reloader:
             changes = await self.state.endpoints.reload(
                 configured=config.endpoints, defaults=config.delivery, policy=config.egress.policy
             )
-        except FullError:
+        except UnavailableError:
             await self._follow(self.config)
             raise
         self._apply(config)
@@ -158,7 +161,9 @@ def read(path: Path, config: Future[Config]) -> None:
 
 def fitted(told: Config, running: Config) -> tuple[Config, tuple[str, ...]]:
     """Return a config as far as it can be had without a restart, and the keys that it cannot."""
-    later = tuple(key for key in FIXED if attrgetter(key)(told) != attrgetter(key)(running))
+    later = tuple(
+        key.removesuffix("_seconds") for key in FIXED if attrgetter(key)(told) != attrgetter(key)(running)
+    )
     server = replace(
         told.server,
         listen=running.server.listen,

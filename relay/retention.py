@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 from relay.clock import Clock
-from relay.outbox import FullError, Outbox
+from relay.outbox import Outbox, UnavailableError
 
 STEP_EVENTS = 50  # in one transaction: about a millisecond
 REST = 4  # times as long as a step took, so that acceptance finds the outbox free
@@ -22,7 +22,7 @@ async def forget(outbox: Outbox, clock: Clock, retention_seconds: Callable[[], f
         before_ms, begun = clock.now_ms() - round(retention_seconds() * 1000), clock.monotonic()
         try:
             more = await outbox.forget(before_ms, STEP_EVENTS)
-        except FullError:
+        except UnavailableError:
             more = False  # even forgetting needs a little room; what is delivered meanwhile may make it
         more = more or await give_back(outbox)
         rest_ms = math.ceil((clock.monotonic() - begun) * REST * 1000) if more else PAUSE_MS
@@ -33,5 +33,5 @@ async def give_back(outbox: Outbox) -> bool:
     """Give freed space back to the disk, a little; True if there is more to give."""
     try:
         return await outbox.shrink()
-    except FullError:
+    except UnavailableError:
         return False

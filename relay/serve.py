@@ -33,6 +33,7 @@ from relay.ingest import Ingest
 from relay.lane import Lane, Surroundings
 from relay.metrics import Metrics
 from relay.outbox import (
+    AwayError,
     Backlog,
     Bounds,
     DamagedError,
@@ -41,8 +42,10 @@ from relay.outbox import (
     NewerSchemaError,
     Outbox,
     OutboxError,
+    Sharing,
     open_outbox,
 )
+from relay.outbox.place import shown as shown_place
 from relay.page import Page
 from relay.reload import Reloader, hosts_of, tell_changes
 from relay.retention import forget
@@ -59,6 +62,7 @@ EXIT_CODES: tuple[tuple[type[OutboxError], int], ...] = (
     (NewerSchemaError, 78),
     (DamagedError, 74),
     (FullError, 74),  # only at the start; once it serves the relay waits for room
+    (AwayError, 69),  # and for its database
 )
 SOCKET_MODE = 0o660
 OWN_DESCRIPTORS = 64  # outbox, log, listeners, look-ups, and the connections of `ops_listen`
@@ -95,9 +99,12 @@ async def serve(config: Config, path: Path) -> None:
     stop = Stop()
     async with (
         open_outbox(
-            config.outbox.path,
+            config.outbox.place,
             synchronous=config.outbox.durability,
             bounds=Bounds(max_bytes=config.outbox.max_size, max_pending=config.outbox.max_pending),
+            sharing=Sharing(
+                beat_seconds=config.outbox.heartbeat_seconds, dead_seconds=config.outbox.dead_after_seconds
+            ),
             committed=metrics.committed,
         ) as outbox,
         open_sender(policy=config.egress.policy, version=__version__) as sender,
@@ -205,7 +212,7 @@ def tell_start(reloader: Reloader, backlogs: Mapping[str, Backlog]) -> None:
     """Say in one line what was started, on what, and what waits."""
     pending = sum(each.pending for each in backlogs.values())
     fields: dict[str, object] = {"config": str(reloader.path.resolve()), **build()}
-    fields |= {"outbox": str(reloader.config.outbox.path.resolve())}
+    fields |= {"outbox": shown_place(reloader.config.outbox.place)}
     fields["addresses"] = reloader.state.addresses
     fields |= {"endpoints": len(backlogs), "pending": pending}
     log.info("started", extra=fields)

@@ -11,10 +11,11 @@ from uuid import uuid4
 import pytest
 
 from relay import logs
+from relay.model import Secret
 from relay.outbox import Outbox, open_outbox
 from tests import figures, postgres
 
-STORES = ("sqlite",)
+STORES = ("sqlite", "postgres")
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +66,9 @@ def open_store(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> Callable[[], AbstractAsyncContextManager[Outbox]]:
     """Open the same outbox, again and again; one parameter for each kind of store."""
+    if request.param == "postgres":
+        url = Secret(request.getfixturevalue("postgres_url"))
+        return lambda: open_outbox(url)
     return lambda: open_outbox(tmp_path / "relay.db")
 
 

@@ -30,10 +30,17 @@ def free_port() -> int:
 class RelayProcess:
     """`python -m relay serve`, its config and its outbox in one folder."""
 
-    def __init__(self, folder: Path, config: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: str,
+        environment: Mapping[str, str] | None = None,
+        outbox: str | None = None,
+    ) -> None:
         self.folder = folder
         self.port = free_port()
         self.config = folder / "relay.toml"
+        self.outbox = outbox or f'path = "{folder / "relay.db"}"'
         self.configure(config)
         self.environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(environment or {})
         self.process: subprocess.Popen[bytes] | None = None
@@ -50,7 +57,7 @@ class RelayProcess:
         """Write the config anew; `server` goes into its first table."""
         self.config.write_text(
             f'[server]\nlisten = "127.0.0.1:{self.port}"\n{server}\n'
-            f'[outbox]\npath = "{self.folder / "relay.db"}"\n'
+            f"[outbox]\n{self.outbox}\n"
             f'[egress]\nallow_private = ["127.0.0.0/8", "::1/128"]\n{config}'
         )
 
@@ -107,9 +114,14 @@ class RelayProcess:
 
 @contextlib.contextmanager
 def relay_process(
-    folder: Path, config: str, environment: Mapping[str, str] | None = None, *, start: bool = True
+    folder: Path,
+    config: str,
+    environment: Mapping[str, str] | None = None,
+    *,
+    start: bool = True,
+    outbox: str | None = None,
 ) -> Iterator[RelayProcess]:
-    process = RelayProcess(folder, config, environment)
+    process = RelayProcess(folder, config, environment, outbox)
     try:
         if start:
             process.start()

@@ -1126,6 +1126,7 @@ def test_the_example_shows_the_defaults(load_text):
         "client_cert_file",
         "client_key_file",
         "proxy",
+        "url",
     )
     lines = EXAMPLE.read_text().splitlines()
     commented = [line for line in lines if not re.match(rf"# ({'|'.join(keep)}|listen|rate) = ", line)]

@@ -12,13 +12,17 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import asyncpg
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from relay.model import Delivery, Health, Owed, Standing, State, Verdict
+from relay.model import Delivery, Health, Owed, Secret, Standing, State, Verdict
 from relay.outbox import Backlog, ConflictError, Ended, KeptEndpoint, open_outbox
+from tests import postgres
 from tests.test_outbox import NOW, attempt, submission
 
 ENDPOINTS = {"main": False, "ordered": True, "other": False}  # id -> keeps order
@@ -85,9 +89,12 @@ class OutboxMachine(RuleBasedStateMachine):
 
     async def open(self) -> None:
         self.stack = AsyncExitStack()
-        self.outbox = await self.stack.enter_async_context(open_outbox(self.path))
+        self.outbox = await self.stack.enter_async_context(open_outbox(self.place()))
         cancelled = await self.outbox.register(sorted(self.live))
         assert cancelled == {}
+
+    def place(self) -> Path | Secret:
+        return self.path
 
     # What the model says
 
@@ -283,19 +290,23 @@ class OutboxMachine(RuleBasedStateMachine):
 
     def restart(self, draw: Draw) -> None:
         """What was claimed is due as before; a crash is seen as the files lie on the disk at that moment."""
-        crash = draw(st.booleans())
-        if crash:
-            self.crashes += 1
-            later = self.path.with_name(f"crash{self.crashes}.db")
-            for suffix in ("", "-wal"):
-                shutil.copy(f"{self.path}{suffix}", f"{later}{suffix}")
-            self.path, left = later, self.stack
-            self.runner.run(left.aclose())
+        left = self.stack
+        if draw(st.booleans()):
+            self.crash()
         else:
-            self.runner.run(self.stack.aclose())
+            self.runner.run(left.aclose())
         for each in self.claimed():
             each.claimed = None
         self.runner.run(self.open())
+        self.runner.run(left.aclose())  # where a crash has left it open
+
+    def crash(self) -> None:
+        self.crashes += 1
+        later = self.path.with_name(f"crash{self.crashes}.db")
+        for suffix in ("", "-wal"):
+            shutil.copy(f"{self.path}{suffix}", f"{later}{suffix}")
+        self.path = later
+        self.runner.run(self.stack.aclose())
 
     @rule(act=st.sampled_from(WEIGHTED), data=st.data())
     def act(self, act, data) -> None:
@@ -336,4 +347,41 @@ TestOutboxAgainstItsModel.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize=True,
+)
+
+
+class PostgresMachine(OutboxMachine):
+    """The same against PostgreSQL; a crash is a relay that is not heard of any more."""
+
+    server = ""
+
+    @initialize()
+    def begin(self) -> None:
+        self.url = self.runner.run(postgres.new_database(self.server, f"relay_{uuid4().hex}"))
+        super().begin()
+
+    def teardown(self) -> None:
+        super().teardown()
+        asyncio.run(postgres.drop_database(self.url))
+
+    def place(self) -> Path | Secret:
+        return Secret(self.url)
+
+    def crash(self) -> None:
+        self.runner.run(self.vanish())
+
+    async def vanish(self) -> None:
+        connection = await asyncpg.connect(self.url)
+        await connection.execute("UPDATE relay.relays SET beat_at = 'epoch'")
+        await connection.close()
+
+
+@pytest.fixture
+def _server(postgres_server: str) -> None:
+    PostgresMachine.server = postgres_server
+
+
+TestPostgresAgainstTheModel = pytest.mark.usefixtures("_server")(PostgresMachine.TestCase)
+TestPostgresAgainstTheModel.settings = settings(
+    TestOutboxAgainstItsModel.settings, max_examples=EXAMPLES // 3
 )

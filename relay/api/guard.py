@@ -19,7 +19,7 @@ from relay.api import bodies
 from relay.api.answers import unavailable
 from relay.api.problems import Problem, of_framework
 from relay.model import Secret
-from relay.outbox import FullError
+from relay.outbox import UnavailableError
 
 log = logging.getLogger("relay.api")
 
@@ -52,7 +52,7 @@ def guard(access: Access) -> Middleware:
             return problem.response()
         except web.HTTPException as error:
             return of_framework(error).response()
-        except FullError as error:
+        except UnavailableError as error:
             return unavailable(str(error)).response()
         except Exception:
             log.exception("request_failed", extra={"method": request.method, "path": request.path})

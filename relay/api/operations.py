@@ -14,7 +14,7 @@ from relay.api.connections import ALWAYS
 from relay.api.problems import Problem
 from relay.api.state import State
 from relay.config import ConfigError
-from relay.outbox import StoppingError
+from relay.outbox import ElsewhereError, StoppingError
 
 BACKUP_CHUNK = 256 << 10
 
@@ -100,3 +100,5 @@ class Operations:
                 yield copied
         except StoppingError as error:
             raise unavailable(str(error)) from None
+        except ElsewhereError as error:
+            raise Problem(501, str(error)) from None

@@ -123,15 +123,31 @@ def _config(tables: Mapping[str, Any], report: Report) -> Config:
     delivery = replace(delivery, tls=read_tls(delivery, tables.get("delivery", {}), ("delivery",), report))
     rules = _table(EgressSettings, "egress", tables, report)
     _check_listening(server, report)
+    outbox = _table(OutboxSettings, "outbox", tables, report)
+    _check_outbox(outbox, tables.get("outbox"), report)
     return Config(
         server=server,
-        outbox=_table(OutboxSettings, "outbox", tables, report),
+        outbox=outbox,
         delivery=delivery,
         egress=rules,
         logging=_table(Logging, "logging", tables, report),
         endpoints=read_endpoints(tables.get("endpoints", []), delivery, rules.policy, report),
         events=_catalogue(tables.get("events", {}), report),
     )
+
+
+def _check_outbox(outbox: OutboxSettings, raw: Any, report: Report) -> None:
+    """Note what is said of a file where the outbox is in a database, and a heart that beats too slowly."""
+    if isinstance(raw, dict) and "url" in raw:
+        for name, instead in (
+            ("path", "the outbox is a file or in a database, not both: leave one out"),
+            ("durability", "is of a file; that of a database is its own synchronous_commit"),
+        ):
+            if name in raw:
+                report.wrong(("outbox", name), f"stands beside url: {instead}")
+    if outbox.dead_after_seconds < 2 * outbox.heartbeat_seconds:  # one lost beat would be a death
+        name = "dead_after" if "dead_after" in raw else "heartbeat"
+        report.wrong(("outbox", name), "dead_after must be twice heartbeat at the least")
 
 
 def _table(kind: type[T], name: str, tables: Mapping[str, Any], report: Report) -> T:

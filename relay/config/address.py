@@ -15,7 +15,7 @@ from ipaddress import (
     ip_network,
 )
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from relay import egress
 from relay.config.check import WrongValueError, quoted
@@ -79,6 +79,20 @@ def parse_host(text: str) -> str:
     if not (_is_host(text) or _is_ip(bare, IPv6Address)):
         raise WrongValueError(f"{quoted(text)} is not a host name or an IP address without a port")
     return bare.lower()
+
+
+def parse_database(text: str) -> Secret:
+    """Read "postgresql://user:password@host:port/database?…"; a mistake shows nothing of it."""
+    try:
+        parts = urlsplit(text)
+        cache = dict(parse_qsl(parts.query)).get("statement_cache_size", "0")
+    except ValueError:
+        raise WrongValueError("is not an address") from None
+    if parts.scheme not in {"postgresql", "postgres"} or parts.fragment:
+        raise WrongValueError('is not an address such as "postgresql://relay@db.internal/relay"')
+    if not (cache.isascii() and cache.isdigit()):
+        raise WrongValueError("says statement_cache_size, which is a whole number; 0 behind a pooler")
+    return Secret(str(text))
 
 
 def parse_proxy(text: str) -> Proxy:

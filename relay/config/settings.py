@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from relay import egress, formats
-from relay.config.address import Address, parse_address, parse_host, parse_network, parse_path, parse_proxy
+from relay.config.address import (
+    Address,
+    parse_address,
+    parse_database,
+    parse_host,
+    parse_network,
+    parse_path,
+    parse_proxy,
+)
 from relay.config.check import ListOf, Report, Scalar, has_type
 from relay.config.header import HeaderTable
 from relay.config.lines import Place
@@ -67,6 +75,7 @@ _TEXT = Scalar(str, "text", str)
 _SWITCH = Scalar(bool, "true or false", bool)
 _PATH = Scalar(str, "a path", parse_path)
 _PROXY = Scalar(str, 'a proxy such as "http://proxy.internal:3128"', parse_proxy)
+_DATABASE = Scalar(str, 'an address such as "postgresql://relay@db.internal/relay"', parse_database)
 _ADDRESS = Scalar(str, 'an address such as "127.0.0.1:8484"', parse_address)
 _HOSTS = ListOf(Scalar(str, "a host name", parse_host), "a list of host names")
 _NETWORKS = ListOf(Scalar(str, 'a range such as "10.1.0.0/16"', parse_network), "a list of address ranges")
@@ -106,10 +115,18 @@ class OutboxSettings:
     """[outbox]: where events are kept, and for how long."""
 
     path: Annotated[Path, _PATH] = Path("relay.db")
+    url: Annotated[Secret | None, _DATABASE] = None  # of a database, in place of a file
     durability: Annotated[Literal["full", "normal"], _word("full", "normal")] = "full"
     retention_seconds: Annotated[float, _duration("1s", "3650d"), "retention"] = 7 * 86_400.0
     max_size: Annotated[int, _OUTBOX_SIZE] = 10 << 30
     max_pending: Annotated[int | None, _number(1, 1_000_000_000)] = None
+    heartbeat_seconds: Annotated[float, _duration("50ms", "1m"), "heartbeat"] = 5.0
+    dead_after_seconds: Annotated[float, _duration("200ms", "1h"), "dead_after"] = 20.0
+
+    @property
+    def place(self) -> Path | Secret:
+        """Where the outbox is."""
+        return self.url if self.url is not None else self.path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,7 +49,7 @@ class Now:
     used_bytes: int
     max_bytes: int | None
     max_pending: int | None
-    disk_free_bytes: int
+    disk_free_bytes: int | None
     connections: int
     sending: int
     most_sending: int

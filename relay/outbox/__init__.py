@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from relay.model import Attempt, Delivery, Event, Health, Receipt, State, Submission, Verdict
+from relay.model import Attempt, Delivery, Event, Health, Receipt, Secret, State, Submission, Verdict
 
 Committed = Callable[[float, int], None]  # told how long a commit took, in seconds, and of how many changes
 
@@ -55,8 +55,20 @@ class DamagedError(OutboxError):
     """The file is not an outbox or is damaged, or its disk fails; what the last commit did is unknown."""
 
 
-class FullError(OutboxError):
+class UnavailableError(OutboxError):
+    """Nothing can be kept at the moment; it may be asked again."""
+
+
+class FullError(UnavailableError):
     """There is no room; nothing of this call was kept."""
+
+
+class AwayError(UnavailableError):
+    """The database is not reached or does not answer; whether anything of this call was kept is unknown."""
+
+
+class ElsewhereError(OutboxError):
+    """What was asked is the business of others; the text says whose."""
 
 
 class StoppingError(OutboxError):
@@ -80,13 +92,21 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """How relays that share an outbox know of each other."""
+
+    beat_seconds: float = 5.0  # how often each says that it lives
+    dead_seconds: float = 20.0  # after which silence it is dead, and what it claimed is free
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
     """How large an outbox is."""
 
     file_bytes: int
     log_bytes: int  # ahead of the file
     used_bytes: int  # what may be used again left out; measured now and then
-    disk_free_bytes: int
+    disk_free_bytes: int | None  # None: a database does not tell
     bounds: Bounds
 
 
@@ -221,14 +241,16 @@ class Outbox(Protocol):
         ...
 
     async def accept(self, submissions: Sequence[Submission]) -> list[Receipt]:
-        """Keep all of these events, or none. Raises ConflictError, FullError, DamagedError."""
+        """Keep all of these events, or none. Raises ConflictError, UnavailableError, DamagedError."""
         ...
 
-    async def claim(self, endpoint: str, limit: int, now_ms: int) -> list[Delivery]:
-        """Take up to `limit` deliveries that are due."""
+    async def claim(
+        self, endpoint: str, limit: int, now_ms: int, *, attempt_seconds: float = 0.0
+    ) -> list[Delivery]:
+        """Take up to `limit` deliveries that are due; an attempt takes so long at the most."""
         ...
 
-    async def probe(self, endpoint: str) -> Delivery | None:
+    async def probe(self, endpoint: str, *, attempt_seconds: float = 0.0) -> Delivery | None:
         """Take the next pending delivery after the one probed before, due or not, each in its turn."""
         ...
 
@@ -249,6 +271,10 @@ class Outbox(Protocol):
 
     async def release(self, deliveries: Sequence[Delivery]) -> None:
         """Give back what was claimed and not attempted to an end; it is due as before."""
+        ...
+
+    def holds(self, delivery: Delivery) -> bool:
+        """Tell whether an attempt may begin with what was claimed: that nobody else can have it by now."""
         ...
 
     async def due(self, endpoint: str) -> int | None:
@@ -317,15 +343,30 @@ class Outbox(Protocol):
 
 @asynccontextmanager
 async def open_outbox(
-    path: Path,
+    place: Path | Secret,
     *,
     synchronous: str = "full",
     bounds: Bounds = Bounds(),
+    sharing: Sharing = Sharing(),
     committed: Committed = lambda _seconds, _changes: None,
 ) -> AsyncIterator[Outbox]:
-    """Open the outbox at `path`, made new if there is none; `committed` hears of it. Raises OutboxError."""
+    """Open the outbox in a file or at a database's address, made new if there is none. Raises OutboxError.
+
+    `committed` hears of every commit.
+    """
+    if isinstance(place, Secret):
+        try:
+            from relay.outbox.postgres.opening import open_postgres
+        except ImportError as error:
+            if error.name != "asyncpg":
+                raise
+            raise OutboxError("outbox.url needs the extra: pip install relay[postgres]") from None
+        shared = open_postgres(place, bounds=bounds, sharing=sharing, committed=committed)
+        async with shared as outbox:
+            yield outbox
+        return
     from relay.outbox.opening import open_sqlite
 
-    opened = open_sqlite(path, synchronous=synchronous, bounds=bounds, committed=committed)
+    opened = open_sqlite(place, synchronous=synchronous, bounds=bounds, committed=committed)
     async with opened as outbox:
         yield outbox

@@ -5,15 +5,15 @@ Runs on the connection's thread as one function, so no other statement can come 
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from relay.model import Attempt, Delivery, Health, Receipt, Submission, Verdict
-from relay.outbox import ConflictError, order, statements
+from relay.outbox import accepting, order, statements
+from relay.outbox.accepting import Accepted, Keys, Known
 from relay.outbox.statements import CODES, Row
 
-Accepted = list[Receipt] | ConflictError
-Known = tuple[bytes | None, Receipt]
 Change = Callable[[sqlite3.Connection], Any]
 
 
@@ -122,89 +122,22 @@ def _passed_on(db: sqlite3.Connection, records: Sequence[Record]) -> list[tuple[
     return passed_on
 
 
-class Keys:
-    """The idempotency keys in use: on disk, taken in this transaction, or by the batch at hand."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-        self._taken: dict[str, Known] = {}
-        self._mine: dict[str, Known] = {}
-
-    def known(self, key: str) -> Known | None:
-        """Return fingerprint and receipt of the event that was submitted under this key."""
-        known = self._mine.get(key) or self._taken.get(key)
-        if known is not None:
-            return known
-        row = statements.known_key(self._db, key)
-        if row is None:
-            return None
-        seq, id_, type_, timestamp, fingerprint = row
-        endpoints = statements.endpoints_of(self._db, seq)
-        return fingerprint, Receipt(
-            id=id_, type=type_, timestamp=timestamp, endpoints=endpoints, duplicate=True
-        )
-
-    def use(self, key: str, submission: Submission) -> None:
-        self._mine[key] = (submission.fingerprint, _receipt(submission, duplicate=True))
-
-    def settle(self, *, kept: bool) -> None:
-        """End the batch at hand: what it used is taken if the batch is kept, else free again."""
-        if kept:
-            self._taken |= self._mine
-        self._mine = {}
-
-
 def _accept(
     db: sqlite3.Connection, accepts: Sequence[Sequence[Submission]], numbers: dict[str, int], last_seq: int
 ) -> Written:
     written = Written(last_seq=last_seq)
-    keys = Keys(db)
-    new: list[Submission] = []
-    for submissions in accepts:
-        accepted = _accept_all([_live(each, numbers) for each in submissions], keys, new)
-        keys.settle(kept=not isinstance(accepted, ConflictError))
-        written.accepted.append(accepted)
+    written.accepted, new = accepting.decide(accepts, Keys(partial(_known, db)), numbers)
     _insert(db, new, numbers, written)
     return written
 
 
-def _accept_all(submissions: Sequence[Submission], keys: Keys, new: list[Submission]) -> Accepted:
-    """Append what is new among `submissions` to `new`, all or nothing."""
-    receipts: list[Receipt] = []
-    kept: list[Submission] = []
-    conflicts: list[int] = []
-    for index, submission in enumerate(submissions):
-        key = submission.idempotency_key
-        known = keys.known(key) if key is not None else None
-        if known is None:
-            receipts.append(_receipt(submission, duplicate=False))
-            kept.append(submission)
-            if key is not None:
-                keys.use(key, submission)
-        elif known[0] == submission.fingerprint:
-            receipts.append(known[1])
-        else:
-            conflicts.append(index)
-    if conflicts:
-        return ConflictError(tuple(conflicts))
-    new += kept
-    return receipts
-
-
-def _live(submission: Submission, numbers: dict[str, int]) -> Submission:
-    """Leave out endpoints that were dropped while the submission was on its way."""
-    if all(owed.endpoint in numbers for owed in submission.endpoints):
-        return submission
-    endpoints = tuple(owed for owed in submission.endpoints if owed.endpoint in numbers)
-    return replace(submission, endpoints=endpoints)
-
-
-def _receipt(submission: Submission, *, duplicate: bool) -> Receipt:
-    event = submission.event
-    endpoints = tuple(owed.endpoint for owed in submission.endpoints)
-    return Receipt(
-        id=event.id, type=event.type, timestamp=event.timestamp, endpoints=endpoints, duplicate=duplicate
-    )
+def _known(db: sqlite3.Connection, key: str) -> Known | None:
+    row = statements.known_key(db, key)
+    if row is None:
+        return None
+    seq, id_, type_, timestamp, fingerprint = row
+    endpoints = statements.endpoints_of(db, seq)
+    return fingerprint, Receipt(id=id_, type=type_, timestamp=timestamp, endpoints=endpoints, duplicate=True)
 
 
 def _insert(

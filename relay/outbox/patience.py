@@ -5,8 +5,9 @@ whichever is latest. Both walk step by step, so that accepts wait for millisecon
 """
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from relay.outbox import Expired, order
 
@@ -46,29 +47,57 @@ def expire(
     in_flight: Callable[[tuple[int, int]], bool],
 ) -> Step:
     """End pending deliveries past event `after` whose age counts from a time or earlier, the oldest first."""
-    expired: list[Expired] = []
-    ended: list[order.Handle] = []
+    rows = db.execute(WAITING, (number, after, STEP)).fetchall()
+    old, oldest_ms, enough = too_old(
+        rows,
+        before_ms=before_ms,
+        age_from_ms=age_from_ms,
+        now_ms=now_ms,
+        in_flight=lambda event: in_flight((event, number)),
+    )
+    for event, _, key, *_ in old:
+        db.execute(END, (now_ms, event, number))
+        if key is not None:
+            order.pass_on(db, (event, number), key, now_ms)
+    reached = rows[-1][0] if len(rows) == STEP and not enough else None
+    return Step(
+        expired=[Expired(event_id=id_, type=type_, attempts=attempts) for *_, attempts, _, id_, type_ in old],
+        ended=[(row[0], number) for row in old],
+        oldest_ms=oldest_ms,
+        after=reached,
+    )
+
+
+def too_old(
+    rows: Iterable[Any],
+    *,
+    before_ms: int,
+    age_from_ms: int,
+    now_ms: int,
+    in_flight: Callable[[int], bool],
+) -> tuple[list[Any], int | None, bool]:
+    """Find among rows of `WAITING` those whose age counts from a time or earlier.
+
+    Returns them, the earliest time that an age counts from, of those left, and whether all that come after
+    them are younger.
+    """
+    old: list[Any] = []
     oldest_ms: int | None = None
     # What was accepted while this waited for its commit is of after `now_ms`, and as young as can be.
     latest_ms = now_ms + TOLERATED_MS
-    rows = db.execute(WAITING, (number, after, STEP)).fetchall()
-    for event, since, key, attempts, accepted_at, id_, type_ in rows:
+    for row in rows:
+        event, since, _, _, accepted_at, *_ = row
         starts = [
             min(each, now_ms) for each in (accepted_at, since) if each is not None and each <= latest_ms
         ]
         start_ms = max(age_from_ms, *starts) if starts else age_from_ms or now_ms
-        if start_ms > before_ms or in_flight((event, number)):
-            oldest_ms = start_ms if oldest_ms is None else min(oldest_ms, start_ms)
-            if since is None and accepted_at <= now_ms and start_ms > before_ms:
-                return Step(expired=expired, ended=ended, oldest_ms=oldest_ms, after=None)
+        if start_ms <= before_ms and not in_flight(event):
+            old.append(row)
             continue
-        db.execute(END, (now_ms, event, number))
-        if key is not None:
-            order.pass_on(db, (event, number), key, now_ms)
-        ended.append((event, number))
-        expired.append(Expired(event_id=id_, type=type_, attempts=attempts))
-    reached = rows[-1][0] if len(rows) == STEP else None
-    return Step(expired=expired, ended=ended, oldest_ms=oldest_ms, after=reached)
+        oldest_ms = start_ms if oldest_ms is None else min(oldest_ms, start_ms)
+        if since is None and accepted_at <= now_ms and start_ms > before_ms:
+            return old, oldest_ms, True
+    return old, oldest_ms, False
 
 
 TOO_LATE = (

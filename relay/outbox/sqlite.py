@@ -118,7 +118,9 @@ class SqliteOutbox:
     async def accept(self, submissions: Sequence[Submission]) -> list[Receipt]:
         return await self._committer.accept(submissions)
 
-    async def claim(self, endpoint: str, limit: int, now_ms: int) -> list[Delivery]:
+    async def claim(
+        self, endpoint: str, limit: int, now_ms: int, *, attempt_seconds: float = 0.0
+    ) -> list[Delivery]:
         waiting = self._waiting.get(endpoint)
         claimed: list[Delivery] = []
         if waiting is None:  # dropped
@@ -129,7 +131,7 @@ class SqliteOutbox:
         self._in_flight.update(delivery.handle for delivery in fresh)
         return claimed + fresh
 
-    async def probe(self, endpoint: str) -> Delivery | None:
+    async def probe(self, endpoint: str, *, attempt_seconds: float = 0.0) -> Delivery | None:
         waiting = self._waiting.get(endpoint)
         if waiting is None or waiting.closed:
             return None
@@ -211,6 +213,9 @@ class SqliteOutbox:
             if delivery.handle in self._in_flight:
                 self._in_flight.discard(delivery.handle)
                 self._rewind(delivery.endpoint, 0)
+
+    def holds(self, delivery: Delivery) -> bool:
+        return delivery.handle in self._in_flight
 
     async def due(self, endpoint: str) -> int | None:
         waiting = self._waiting.get(endpoint)

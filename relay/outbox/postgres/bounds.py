@@ -1,0 +1,46 @@
+"""How much room the outbox has: bounds a person set in, a refusal out. How large it is was measured last."""
+
+from relay.outbox import Bounds, Size
+
+RESERVED_BYTES = 16 << 20  # kept free for the outcomes of what was accepted; of a small bound it is a share
+RESERVED_SHARE = 2
+
+BYTES = (
+    "SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint FROM pg_class c"
+    " JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'relay' AND c.relkind = 'r'"
+)
+PENDING = "SELECT coalesce(sum(pending), 0)::bigint FROM relay.tallies"
+
+
+class Room:
+    """What is left of the bounds."""
+
+    def __init__(self, name: str, bounds: Bounds) -> None:
+        self.bytes = 0
+        self.pending = 0  # deliveries, of all relays
+        self._name = name
+        self._bounds = bounds
+
+    def size(self) -> Size:
+        return Size(
+            file_bytes=self.bytes,
+            log_bytes=0,
+            used_bytes=self.bytes,
+            disk_free_bytes=None,
+            bounds=self._bounds,
+        )
+
+    def refusal(self, more: int = 1) -> str | None:
+        """Say in a sentence why so many more deliveries cannot be taken on, if that is so."""
+        largest, most = self._bounds.max_bytes, self._bounds.max_pending
+        if largest is not None and self.bytes > largest - min(RESERVED_BYTES, largest // RESERVED_SHARE):
+            return (
+                f"{self._name} is full: raise outbox.max_size, or shorten outbox.retention; "
+                "what was accepted goes out"
+            )
+        if most is not None and self.pending + more > most:
+            return (
+                f"{most} deliveries are pending: raise outbox.max_pending, or see which endpoint takes none; "
+                "what was accepted goes out"
+            )
+        return None

@@ -1,0 +1,108 @@
+"""The endpoints that the relays deliver to, and who of them does.
+
+Whoever changes them locks the rows of all relays, each of which locks its own for every transaction: so when
+a change is committed, whatever goes on without it is over, and whatever comes after knows of it by the
+revision.
+"""
+
+from collections.abc import Sequence
+
+import orjson
+from asyncpg import Connection
+
+from relay.model import Health
+from relay.outbox import KeptEndpoint
+from relay.outbox.postgres.links import transaction
+from relay.outbox.statements import read_health
+
+EVERYBODY = "SELECT id FROM relay.relays ORDER BY id FOR UPDATE"
+REVISED = "UPDATE relay.relays SET revision = revision + 1"
+HELD_BY_OTHERS = "SELECT 1 FROM relay.holders h WHERE h.endpoint = e.number AND h.relay <> $1"
+
+
+async def register(
+    link: Connection, *, ids: Sequence[str], relay: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Make these the endpoints that a relay delivers to; return their numbers, and those that nobody has."""
+    async with transaction(link):
+        await link.execute(EVERYBODY)
+        rows = await link.fetch(
+            "INSERT INTO relay.endpoints (id, live) SELECT t.id, true FROM unnest($1::text[])"
+            " WITH ORDINALITY AS t (id, place) ORDER BY t.place"
+            " ON CONFLICT (id) DO UPDATE SET live = true RETURNING id, number",
+            list(ids),
+        )
+        numbers = dict(rows)
+        await link.execute("DELETE FROM relay.holders WHERE relay = $1", relay)
+        await link.execute(
+            "INSERT INTO relay.holders (relay, endpoint) SELECT $1, unnest($2::int[])",
+            relay,
+            list(numbers.values()),
+        )
+        absent = await link.fetch(
+            "UPDATE relay.endpoints e SET live = false, health = NULL"  # noqa: S608 - our own words
+            f" WHERE e.id <> ALL ($2::text[]) AND NOT EXISTS ({HELD_BY_OTHERS}) RETURNING e.id, e.number",
+            relay,
+            list(ids),
+        )
+        await link.execute(REVISED)
+    return numbers, dict(absent)
+
+
+async def keep(link: Connection, *, endpoint: KeptEndpoint, relay: int) -> int:
+    """Keep an endpoint's settings, and that a relay delivers to it; return its number."""
+    async with transaction(link):
+        await link.execute(EVERYBODY)
+        number: int = await link.fetchval(
+            "INSERT INTO relay.endpoints (id, settings, paused, live) VALUES ($1, $2, $3, true)"
+            " ON CONFLICT (id) DO UPDATE SET settings = excluded.settings, paused = excluded.paused,"
+            " live = true RETURNING number",
+            endpoint.id,
+            endpoint.settings,
+            endpoint.paused,
+        )
+        await link.execute(
+            "INSERT INTO relay.holders (relay, endpoint) VALUES ($1, $2) ON CONFLICT DO NOTHING",
+            relay,
+            number,
+        )
+        await link.execute(REVISED)
+    return number
+
+
+async def drop(link: Connection, *, id_: str, aside: KeptEndpoint | None, relay: int) -> bool:
+    """Let an endpoint be no more, or, what is put aside, no more of ours; True if nobody has it then."""
+    async with transaction(link):
+        await link.execute(EVERYBODY)
+        ours = "" if aside is None else " AND h.relay = $2"
+        await link.execute(
+            "DELETE FROM relay.holders h USING relay.endpoints e"  # noqa: S608 - our own words
+            f" WHERE h.endpoint = e.number AND e.id = $1{ours}",
+            id_,
+            *([relay] if aside is not None else []),
+        )
+        dropped = await link.fetchval(
+            "UPDATE relay.endpoints e SET live = false, settings = $3, paused = $4"  # noqa: S608 - our own words
+            f" WHERE e.id = $2 AND NOT EXISTS ({HELD_BY_OTHERS}) RETURNING e.number",
+            relay,
+            id_,
+            aside.settings if aside is not None else None,
+            aside.paused if aside is not None else False,
+        )
+        await link.execute(REVISED)
+    return dropped is not None
+
+
+async def keep_health(link: Connection, *, number: int, health: Health) -> None:
+    await link.execute(
+        "UPDATE relay.endpoints SET health = $2 WHERE number = $1", number, orjson.dumps(health).decode()
+    )
+
+
+async def kept(link: Connection) -> list[KeptEndpoint]:
+    """Return every endpoint there ever was."""
+    rows = await link.fetch("SELECT id, settings, paused, health FROM relay.endpoints ORDER BY number")
+    return [
+        KeptEndpoint(id=id_, settings=settings, paused=paused, health=read_health(health))
+        for id_, settings, paused, health in rows
+    ]

@@ -1,0 +1,159 @@
+"""Connections to the database: its address in, one to work with out; its errors in, ours out.
+
+Whatever goes wrong on a connection, it is thrown away: a new one knows whether the database is there. Every
+use has a limit, kept by hanging up, because a server that says nothing any more would not hear a request to
+cancel.
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import asyncpg
+from asyncpg import Connection
+
+from relay.model import Secret
+from relay.outbox import AwayError, DamagedError, FullError, OutboxError
+from relay.outbox.place import shown
+
+CONNECT_SECONDS = 5.0
+LIMIT_SECONDS = 10.0  # of one use: a few statements on few rows
+IDLE_MS = 5_000  # that a transaction may stay open while its relay says nothing, as when it is stopped
+CACHE = "statement_cache_size"
+
+BROKEN = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+
+# By the first two or all five characters of what PostgreSQL calls a state.
+AGAIN = ("40", "23505")  # serialization, deadlock; the same key in another relay's batch
+FULL = ("53100",)
+REFUSED = ("28", "3D", "42501", "3F")  # who we are, which database, what we may
+DAMAGED = ("XX001", "XX002")
+OURS = ("42", "22", "23", "21", "0A", "2B")  # mistakes in our SQL
+
+
+class AgainError(Exception):
+    """Somebody else was in the way; nothing was written, and the next try may do."""
+
+
+class Links:
+    """Up to `most` connections to one database."""
+
+    def __init__(self, url: Secret, most: int) -> None:
+        self.name = shown(url)
+        self._dsn, self._cache = _split(url.reveal())
+        self._slots = asyncio.Semaphore(most)
+        self._idle: list[Connection] = []
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a pooler in between may give every transaction another connection."""
+        return self._cache == 0
+
+    @asynccontextmanager
+    async def link(self, seconds: float = LIMIT_SECONDS) -> AsyncIterator[Connection]:
+        """Lend a connection; what goes wrong meanwhile ends it. Raises AgainError, OutboxError."""
+        async with self._slots:
+            connection = await self._take()
+            limit = asyncio.get_running_loop().call_later(seconds, connection.terminate)
+            try:
+                yield connection
+            except BROKEN as error:
+                connection.terminate()
+                meaning = translated(error, self.name)
+                if isinstance(meaning, AwayError):
+                    self.close()  # the others will not have fared better
+                raise meaning from error
+            except BaseException:
+                connection.terminate()
+                raise
+            else:
+                self._idle.append(connection)
+            finally:
+                limit.cancel()
+
+    async def open(self) -> Connection:
+        """Open one connection that the caller has to itself. Raises OutboxError."""
+        try:
+            connection = await asyncpg.connect(
+                self._dsn,
+                timeout=CONNECT_SECONDS,
+                target_session_attrs="read-write",
+                statement_cache_size=self._cache,
+                server_settings={"application_name": "relay"},
+            )
+        except (*BROKEN, ValueError) as error:
+            raise translated(error, self.name) from error
+        _hear_of_silence(connection)
+        return connection
+
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.terminate()
+        self._idle.clear()
+
+    async def _take(self) -> Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+        return await self.open()
+
+
+@asynccontextmanager
+async def transaction(link: Connection) -> AsyncIterator[None]:
+    """Begin and commit; what is raised in between leaves an open transaction to be hung up on."""
+    await link.execute(f"BEGIN; SET LOCAL idle_in_transaction_session_timeout = {IDLE_MS}")
+    yield
+    await link.execute("COMMIT")
+
+
+def translated(error: Exception, name: str) -> Exception:
+    """Return what an error of the database's means for the outbox; a fault of our own stays what it is."""
+    state = getattr(error, "sqlstate", None) or ""
+    meaning: Exception = AwayError(
+        f"{name} cannot be reached or does not answer ({_told(error)}): what was accepted is safe"
+    )
+    if isinstance(error, ValueError):
+        meaning = OutboxError(f"outbox.url cannot be used ({error})")
+    elif state.startswith(AGAIN):
+        meaning = AgainError(str(error))
+    elif state.startswith(FULL):
+        meaning = FullError(f"there is no room for {name} ({error}): what was accepted stays safe")
+    elif state.startswith(REFUSED):
+        meaning = OutboxError(f"{name} refuses us ({error}): check outbox.url and what its user may do")
+    elif state.startswith(DAMAGED):
+        meaning = DamagedError(f"{name} is damaged ({error}): check the database, then start again")
+    elif state.startswith(OURS):
+        meaning = error
+    return meaning
+
+
+def _told(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _split(url: str) -> tuple[str, int]:
+    """Take from an address what is ours: how many statements a connection may prepare."""
+    parts = urlsplit(url)
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    cache = next((value for name, value in query if name == CACHE), "100")
+    rest = urlencode([(name, value) for name, value in query if name != CACHE])
+    return urlunsplit(parts._replace(query=rest)), int(cache)
+
+
+def _hear_of_silence(connection: Connection) -> None:
+    """Let the system notice a peer that is gone without a word, between two uses too."""
+    sock = connection._transport.get_extra_info("socket")  # noqa: SLF001 - asyncpg has no setting for it
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", 10),
+        ("TCP_KEEPINTVL", 5),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", round(LIMIT_SECONDS * 1000)),
+    ):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
