@@ -3,6 +3,7 @@
 An application posts an event on localhost.
 
     api/          takes it over HTTP: who may talk to us, is it JSON, what is the answer
+    sources/      takes it from an application's own PostgreSQL, where a transaction left it
     cloudevents.py  reads one that is written as a CloudEvent
     canonical.py  gives its data the bytes that JavaScript would write
     ingest.py     makes it an event, with one delivery for each endpoint that wants it

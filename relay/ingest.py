@@ -61,12 +61,17 @@ class Trace(NamedTuple):
 
 @immutable
 class Draft:
-    """One posted event as parsed, before it is checked."""
+    """One submitted event as parsed, before it is checked.
+
+    A way in that gave the event its id keeps it, and `at_ms` is when it happened where `value` does not say.
+    """
 
     value: object
     pointer: str = "#"
     idempotency_key: str | None = None
     trace: Trace | None = None
+    id: str | None = None
+    at_ms: int | None = None
 
 
 class Turn:
@@ -123,11 +128,15 @@ class Ingest:
             if turn is not None:
                 await turn.over()
             try:
-                submissions.append(self._read(draft))
+                submissions.append(self.read(draft))
             except InvalidError as error:
                 problems += error.problems
         if problems:
             raise InvalidError(problems)
+        return await self.keep(submissions)
+
+    async def keep(self, submissions: Sequence[Submission]) -> list[Receipt]:
+        """Keep what was read, all or none, and wake whoever it is for. Raises what `Outbox.accept` raises."""
         with self._traces.submitting(submissions) as traced:
             receipts = await self._outbox.accept(traced)
         new = sum(not receipt.duplicate for receipt in receipts)
@@ -150,7 +159,8 @@ class Ingest:
         )
         return [Submission(event=event, endpoints=endpoints, digest=formats.digest(event))]
 
-    def _read(self, draft: Draft) -> Submission:
+    def read(self, draft: Draft) -> Submission:
+        """Check a draft and make it an event, owed to whoever is subscribed now. Raises InvalidError."""
         value, pointer = draft.value, draft.pointer
         if not isinstance(value, dict):
             raise InvalidError([(pointer, "must be an object with the members event and data")])
@@ -192,9 +202,9 @@ class Ingest:
         timestamp, key = value.get("timestamp"), value.get("key")
         now_ms = self._clock.now_ms()
         event = Event(
-            id=self._ids.make(now_ms),
+            id=draft.id or self._ids.make(now_ms),
             type=type_,
-            timestamp=str(timestamp) if timestamp is not None else iso(now_ms),
+            timestamp=str(timestamp) if timestamp is not None else iso(draft.at_ms or now_ms),
             data=data,
             accepted_at_ms=now_ms,
             key=str(key) if key is not None else None,
@@ -258,7 +268,7 @@ def idempotency_key(header: str) -> str:
     quoted = QUOTED.fullmatch(header)
     key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else header
     wrong = "is a quoted string without its end" if key.startswith('"') and not quoted else None
-    if wrong := wrong or _wrong_idempotency_key(key):
+    if wrong := wrong or wrong_idempotency_key(key):
         raise InvalidError([("#", f"the header Idempotency-Key {wrong}")])
     return key
 
@@ -275,7 +285,7 @@ def escaped(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
-def _wrong_idempotency_key(value: object) -> str | None:
+def wrong_idempotency_key(value: object) -> str | None:
     if not isinstance(value, str) or not VISIBLE.fullmatch(value):
         return "must be 1 to 255 visible ASCII characters"
     return None

@@ -185,6 +185,15 @@ class Endpoint:
 
 
 @immutable
+class Source:
+    """A PostgreSQL of an application's own, where it submits events by `relay_submit`."""
+
+    id: str
+    url: Secret  # it may hold a password
+    schema: str = "public"  # where the function and its table are
+
+
+@immutable
 class Delivery:
     """One event owed to one endpoint, as claimed for an attempt."""
 

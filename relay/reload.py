@@ -22,6 +22,8 @@ from relay.api.state import Reloaded, State
 from relay.catalogue import Catalogue
 from relay.config import Config, ConfigError, Server, load
 from relay.outbox import StoppingError, UnavailableError
+from relay.sources.database import UnfitError
+from relay.sources.readers import Readers
 from relay.systemd import ServiceManager
 
 log = logging.getLogger("relay")
@@ -48,13 +50,21 @@ class Reloader:
     """Reads the config again when asked; `config` is the one in force."""
 
     def __init__(
-        self, path: Path, config: Config, state: State, access: Access, manager: ServiceManager
+        self,
+        path: Path,
+        config: Config,
+        state: State,
+        access: Access,
+        manager: ServiceManager,
+        *,
+        sources: Readers,
     ) -> None:
         self.config = config
         self.path = path
         self.state = state
         self.access = access
         self.manager = manager
+        self.sources = sources
         self._one_at_a_time = asyncio.Lock()
         self._reading: Thread | None = None
 
@@ -82,6 +92,10 @@ class Reloader:
                 if self.state.unready is None:
                     self.manager.ready()
 
+    def retention_seconds(self) -> float:
+        """Tell how long events are kept that are over, by the config in force."""
+        return self.config.outbox.retention_seconds
+
     async def at_hangups(self) -> None:
         """Reload at every SIGHUP; those that come during a reload are one more. Until cancelled."""
         asked = asyncio.Event()
@@ -98,6 +112,10 @@ class Reloader:
         self.manager.reloading()
         told = await self._read()
         config, needs_restart = fitted(told, self.config)
+        try:
+            await self.sources.check(config.sources)
+        except UnfitError as error:
+            raise ConfigError((f"{self.path}: {error}",)) from None
         # First, for an endpoint that is new may be sent to at once.
         await self._follow(config)
         try:
@@ -108,6 +126,7 @@ class Reloader:
             await self._follow(self.config)
             raise
         self._apply(config)
+        await self.sources.follow(config.sources)
         log.info(
             "reloaded",
             extra={"added": changes.added, "changed": changes.changed, "removed": changes.removed},

@@ -15,11 +15,17 @@ REST = 4  # times as long as a step took, so that acceptance finds the outbox fr
 PAUSE_MS = 60_000  # between looks when nothing more is old enough
 
 
-async def forget(outbox: Outbox, clock: Clock, retention_seconds: Callable[[], float]) -> None:
-    """Keep forgetting what was accepted longer than this ago and is over; until cancelled."""
+async def forget(
+    outbox: Outbox, clock: Clock, retention_seconds: Callable[[], float], settled_ms: Callable[[], int]
+) -> None:
+    """Keep forgetting what was accepted longer than this ago and is over; until cancelled.
+
+    What was accepted after `settled_ms()` stays: it may be submitted again, and has to be recognised then.
+    """
     never = asyncio.Event()
     while True:
-        before_ms, begun = clock.now_ms() - round(retention_seconds() * 1000), clock.monotonic()
+        begun, now_ms = clock.monotonic(), clock.now_ms()
+        before_ms = min(now_ms - round(retention_seconds() * 1000), settled_ms())
         try:
             more = await outbox.forget(before_ms, STEP_EVENTS)
         except UnavailableError:

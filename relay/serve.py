@@ -50,6 +50,9 @@ from relay.page import Page
 from relay.reload import Reloader, hosts_of, tell_changes
 from relay.retention import forget
 from relay.sender import Sender, open_sender
+from relay.sources.database import UnfitError
+from relay.sources.reader import Surroundings as SourceSurroundings
+from relay.sources.readers import Readers
 from relay.subscription import Subscriptions
 from relay.systemd import ServiceManager
 from relay.traces import Traces, open_traces
@@ -57,7 +60,8 @@ from relay.traces import Traces, open_traces
 log = logging.getLogger("relay")
 
 EXIT_FAILED = 1
-EXIT_CODES: tuple[tuple[type[OutboxError], int], ...] = (
+EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (UnfitError, 78),
     (HeldError, 75),
     (NewerSchemaError, 78),
     (DamagedError, 74),
@@ -88,7 +92,7 @@ def run(config: Config, path: Path) -> int:
     try:
         with asyncio.Runner(loop_factory=loop_factory(config.server.loop)) as runner:
             runner.run(serve(config, path))
-    except* (OutboxError, ListenError) as group:
+    except* (OutboxError, ListenError, UnfitError) as group:
         code = complain(group)
     return code
 
@@ -113,7 +117,8 @@ async def serve(config: Config, path: Path) -> None:
         state, lanes = await join(config, outbox, sender, clock, metrics=metrics, traces=traces)
         access = Access(hosts_of(config.server), config.server.tokens)
         manager = ServiceManager(os.environ, clock)
-        state.reload = reloader = Reloader(path, config, state, access, manager)
+        sources = join_sources(config, state)
+        state.reload = reloader = Reloader(path, config, state, access, manager, sources=sources)
         await work(reloader, lanes, stop)
     log.info("stopped")
 
@@ -170,13 +175,28 @@ async def join(
     return state, lanes
 
 
+def join_sources(config: Config, state: State) -> Readers:
+    """Build what reads the sources, and let the API tell how they stand."""
+    around = SourceSurroundings(
+        ingest=state.ingest,
+        outbox=state.outbox,
+        clock=state.clock,
+        metrics=state.metrics,
+        max_event_size=lambda: state.max_event_size,
+    )
+    sources = Readers(around, config.sources)
+    state.sources = sources.standings
+    return sources
+
+
 async def work(reloader: Reloader, lanes: Lanes, stop: "Stop") -> None:
     """Take, keep and deliver until told to stop."""
-    state, manager = reloader.state, reloader.manager
+    state, manager, sources = reloader.state, reloader.manager, reloader.sources
+    await sources.check(reloader.config.sources)
     async with asyncio.TaskGroup() as tasks:
         chores = [
             tasks.create_task(
-                forget(state.outbox, state.clock, lambda: reloader.config.outbox.retention_seconds)
+                forget(state.outbox, state.clock, reloader.retention_seconds, sources.settled_ms)
             ),
             tasks.create_task(reloader.at_hangups()),
             tasks.create_task(manager.watched()),
@@ -188,12 +208,13 @@ async def work(reloader: Reloader, lanes: Lanes, stop: "Stop") -> None:
             # No delivery may ever come back to us, so none goes out before our addresses are known.
             state.sender.own_addresses = addresses
             tasks.create_task(lanes.run())
+            chores.append(tasks.create_task(sources.run()))
             tell_start(reloader, await state.outbox.backlog())
             look_for_cycles_less()
             manager.ready()
             await stop.asked.wait()
             manager.stopping()
-            await wind_down(reloader.config.server, state, lanes, stop)
+            await wind_down(reloader.config.server, state, lanes, stop, sources)
         for chore in chores:
             chore.cancel()
 
@@ -223,7 +244,7 @@ def clock_was_set(lanes: Lanes, by_ms: int) -> None:
     lanes.set_right()
 
 
-async def wind_down(server: Server, state: State, lanes: Lanes, stop: "Stop") -> None:
+async def wind_down(server: Server, state: State, lanes: Lanes, stop: "Stop", sources: Readers) -> None:
     """Stop as contract section 8 says: unready at once, submissions for `linger`, attempts for the grace."""
     log.info("stopping", extra={"grace_seconds": server.shutdown_grace_seconds})
     state.unready = "the relay is stopping"
@@ -231,6 +252,7 @@ async def wind_down(server: Server, state: State, lanes: Lanes, stop: "Stop") ->
     state.refusing = "the relay is stopping: submit again in a moment"
     lanes.stop(server.shutdown_grace_seconds)
     stop.on_second(lambda: lanes.stop(0))
+    await sources.stop()
     await lanes.stopped.wait()
 
 

@@ -21,8 +21,15 @@ from relay.config import (
 )
 from relay.config.check import keys
 from relay.config.lines import lines_of
-from relay.config.settings import TABLES, DeliverySettings, EgressSettings, EndpointSettings, EventSettings
-from relay.model import Message, Secret
+from relay.config.settings import (
+    TABLES,
+    DeliverySettings,
+    EgressSettings,
+    EndpointSettings,
+    EventSettings,
+    SourceSettings,
+)
+from relay.model import Message, Secret, Source
 from relay.signing import GenericForm
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
@@ -661,6 +668,35 @@ BROKEN = {
         '[events."relay.x"]\n',
         'relay.toml:1: events."relay.x": is one of the relay\'s own events, which are relay.*',
     ),
+    "a source with mistakes": (
+        '[[sources]]\nid = "a b"\nurl = "mysql://root:hunter2@db/shop"\nschema = "x y"\nnotify = true\n',
+        'relay.toml:2: sources[0].id: "a b" is not 1 to 64 of A-Z a-z 0-9 _ -\n'
+        "relay.toml:3: sources[0].url: is not the address of a PostgreSQL, "
+        'such as "postgresql://user@host/database"\n'
+        'relay.toml:4: sources[0].schema: "x y" is not the name of a schema: '
+        "A-Z a-z 0-9 _, 63 characters at most\n"
+        "relay.toml:5: sources[0].notify: unknown key; known are id, url, schema",
+    ),
+    "a port that is none": (
+        '[[sources]]\nid = "shop"\nurl = "postgresql://app:hunter2@db:70000/shop"\n',
+        "relay.toml:3: sources[0].url: is not the address of a PostgreSQL, "
+        'such as "postgresql://user@host/database"',
+    ),
+    "a source of the outbox's name": (
+        '[[sources]]\nid = "outbox"\n',
+        "relay.toml:1: sources[0].url: is missing\n"
+        'relay.toml:2: sources[0].id: "outbox" is the outbox\'s own database: choose another',
+    ),
+    "sources that are the same": (
+        '[[sources]]\nid = "a"\nurl = "postgresql://db/a"\n[[sources]]\nid = "a"\nurl = "postgresql://db/b"\n'
+        '[[sources]]\nid = "b"\nurl = "postgresql://db/a"\n',
+        'relay.toml:5: sources[1].id: "a" is the id of another source already\n'
+        "relay.toml:9: sources[2].url: is the url of another source already",
+    ),
+    "sources that are no tables": (
+        "sources = 3\n",
+        "relay.toml:1: sources: expected [[sources]] tables, not a bare number",
+    ),
     "no TOML": (
         "[server]\nlisten =\n",
         "relay.toml:2: is not TOML: Invalid value (column 9)",
@@ -1107,6 +1143,23 @@ def test_the_example_is_valid_and_names_every_key():
         "account.connected",
     }
     assert all(event.sample and event.description for event in config.events.values())
+
+
+def test_the_example_shows_a_source_and_its_default(load_text, tmp_path):
+    """Its lines are set in further, because without their table they would belong to another."""
+    secret = tmp_path / "password"
+    secret.write_text("hunter2\n")
+    lines = EXAMPLE.read_text().splitlines()
+    shown = [
+        line.removeprefix("#").strip() for line in lines if re.match(r"# \[\[sources\]\]|#   \w+ = ", line)
+    ]
+    text = "\n".join(shown).replace("/run/secrets/shop_password", str(secret))
+
+    (source,) = load_text(text).sources
+
+    assert source == Source(id="shop", url=Secret("postgresql://relay:hunter2@db.internal/shop"))
+    assert "hunter2" not in f"{source} {source!r}"
+    assert [line.split(" = ")[0] for line in shown[1:]] == list(keys(SourceSettings))
 
 
 def test_the_example_shows_the_defaults(load_text):

@@ -25,6 +25,10 @@ url = "https://127.0.0.1:9/"
 events = ["post.*"]
 secret = "a secret of sixteen and more"
 retry_schedule = []
+
+[[sources]]
+id = "away"
+url = "postgresql://127.0.0.1:9/shop"
 """
 
 

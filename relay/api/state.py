@@ -1,6 +1,6 @@
 """What the handlers share: the objects behind the API and how the relay stands."""
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -12,6 +12,7 @@ from relay.ingest import Ingest
 from relay.metrics import Metrics
 from relay.outbox import Outbox
 from relay.sender import Sender
+from relay.sources.reader import Standing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,8 @@ class State:
     """`refusing` says in a sentence why no event is taken, `unready` why the relay is not ready.
 
     `reload` reads the config again (`relay.reload`); it is put here when all else is joined.
-    `sending` tells how many attempts are under way, of `most_sending`; `servers` listen at `addresses`.
+    `sending` tells how many attempts are under way, of `most_sending`, and `sources` how each source stands;
+    `servers` listen at `addresses`.
     """
 
     outbox: Outbox
@@ -44,6 +46,7 @@ class State:
     metrics: Metrics = field(default_factory=Metrics)
     sending: Callable[[], int] = lambda: 0
     most_sending: int = 0
+    sources: Callable[[], Mapping[str, Standing]] = dict
     servers: list[web.AppRunner] = field(default_factory=list)
     addresses: list[str] = field(default_factory=list)
 

@@ -69,7 +69,7 @@ EXAMPLES = ("relay demo", "relay serve --config relay.toml")
 
 GROUPS = {
     "secret": "Make the secrets that deliveries are signed with.",
-    "ops": "Print what comes with the relay for Prometheus and Grafana.",
+    "ops": "Print what comes with the relay for Prometheus, Grafana and PostgreSQL.",
 }
 
 COMMANDS = (
@@ -89,7 +89,8 @@ COMMANDS = (
             option(
                 "--connect",
                 action="store_true",
-                help="then look each endpoint up, connect and verify its certificate; nothing is sent",
+                help="then connect to each endpoint and verify its certificate, and look at each source; "
+                "nothing is sent",
             ),
             JSON,
         ),
@@ -341,6 +342,23 @@ COMMANDS = (
         does="Print alert rules for Prometheus, as YAML.",
         runs="relay.cli.ops:alerts",
         examples=("relay ops alerts > relay.rules.yaml", "relay ops alerts | promtool check rules"),
+    ),
+    Command(
+        name="ops submit-sql",
+        does="Print the SQL that lets an application submit events inside its own transactions.",
+        runs="relay.cli.ops:submit_sql",
+        options=(
+            option("--schema", default="public", help="where function and table are made (default: public)"),
+            option(
+                "--portable",
+                action="store_true",
+                help="without NOTIFY and storage parameters, for engines that are like PostgreSQL",
+            ),
+        ),
+        examples=(
+            "relay ops submit-sql > migrations/0042_relay_submit.sql",
+            'relay ops submit-sql --schema events | psql "$DATABASE_URL"',
+        ),
     ),
     Command(
         name="completion",

@@ -1,21 +1,25 @@
-"""`relay check --connect`: each endpoint of the config is looked up, connected to and verified."""
+"""`relay check --connect`: each endpoint is connected to and verified, each source looked at."""
 
 import asyncio
 import ssl
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from time import perf_counter
 
 from relay import __version__
 from relay.config import Config
-from relay.model import Endpoint
+from relay.model import Endpoint, Source
 from relay.reach import Reached, reach
 from relay.sender import Sender, open_sender
+from relay.sources.database import AwayError, UnfitError
+from relay.sources.reader import check
 
 AT_ONCE = 32
 
 
 def reached(config: Config) -> list[dict[str, object]]:
-    """Return what each endpoint met, in the order of the config."""
-    return [told(each) for each in asyncio.run(_reach_all(config))]
+    """Return what each endpoint and then each source met, in the order of the config."""
+    return [*(told(each) for each in asyncio.run(_reach_all(config))), *asyncio.run(_look_at(config.sources))]
 
 
 async def _reach_all(config: Config) -> list[Reached]:
@@ -28,6 +32,24 @@ async def _reach_all(config: Config) -> list[Reached]:
     ):
         reaching = [tasks.create_task(_in_turn(slots, sender, endpoint)) for endpoint in config.endpoints]
     return [each.result() for each in reaching]
+
+
+async def _look_at(sources: Sequence[Source]) -> list[dict[str, object]]:
+    return [await _looked_at(each) for each in sources]
+
+
+async def _looked_at(source: Source) -> dict[str, object]:
+    started, error = perf_counter(), None
+    try:
+        await check(source)
+    except (AwayError, UnfitError) as wrong:
+        error = str(wrong)
+    return {
+        "source": source.id,
+        "ok": error is None,
+        "milliseconds": round((perf_counter() - started) * 1000),
+        "error": error,
+    }
 
 
 async def _in_turn(slots: asyncio.Semaphore, sender: Sender, endpoint: Endpoint) -> Reached:

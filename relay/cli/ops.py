@@ -1,4 +1,4 @@
-"""`relay ops`: what comes with the relay for those who watch it, printed for where it belongs."""
+"""`relay ops`: what comes with the relay for other programs, printed for where it belongs."""
 
 import sys
 from argparse import Namespace
@@ -15,6 +15,13 @@ def grafana(_arguments: Namespace) -> int:
 
 def alerts(_arguments: Namespace) -> int:
     return printed("alerts.yaml")
+
+
+def submit_sql(arguments: Namespace) -> int:
+    from relay.sources.script import script
+
+    sys.stdout.write(script(arguments.schema, portable=arguments.portable))
+    return Exit.DONE
 
 
 def printed(name: str) -> int:

@@ -40,14 +40,15 @@ def check(arguments: Namespace) -> int:
 
         met = reached(config)
     ok = all(each["ok"] for each in met or ())
-    count = len(config.endpoints)
+    count, sources = len(config.endpoints), len(config.sources)
     if arguments.json:
-        told = {"ok": ok, "config": str(path), "endpoints": count, "problems": []}
+        told = {"ok": ok, "config": str(path), "endpoints": count, "sources": sources, "problems": []}
         show_json(told if met is None else {**told, "connections": met})
     else:
-        print(f"{path}: ok, {count} endpoint{'' if count == 1 else 's'}")
+        besides = f", {sources} source{'' if sources == 1 else 's'}" if sources else ""
+        print(f"{path}: ok, {count} endpoint{'' if count == 1 else 's'}{besides}")
         if met:
-            show_table(COLUMNS, met)
+            show_table(COLUMNS, [{"endpoint": f"source {each.get('source')}", **each} for each in met])
     return Exit.DONE if ok else Exit.FAILED
 
 

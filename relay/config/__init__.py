@@ -9,6 +9,7 @@ in the relay reads the config or the environment.
     quantity, address, header, signature, values     what single values mean
     settings   which keys there are
     endpoint   [[endpoints]] -> relay.model.Endpoint
+    database   [[sources]] -> relay.model.Source
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 from relay.catalogue import EventType, SchemaError, validator
 from relay.config.address import Address
 from relay.config.check import Report, WrongValueError, has_type, keys, read_table, refuse_unknown
+from relay.config.database import read_sources
 from relay.config.endpoint import SettingsError, read_api_endpoint, read_endpoints, read_tls
 from relay.config.lines import Place
 from relay.config.quantity import parse_duration, parse_rate, parse_size
@@ -32,10 +34,11 @@ from relay.config.settings import (
     Logging,
     OutboxSettings,
     Server,
+    SourceSettings,
 )
 from relay.config.source import UnreadableError, read_source
 from relay.config.values import parse_event_type
-from relay.model import Endpoint
+from relay.model import Endpoint, Source
 
 __all__ = [
     "STANDARD_SCHEDULE",
@@ -82,6 +85,7 @@ class Config:
     logging: Logging
     endpoints: tuple[Endpoint, ...]
     events: Mapping[str, EventType]
+    sources: tuple[Source, ...] = ()
 
 
 def find(option: str | None, environ: Mapping[str, str]) -> Path:
@@ -117,7 +121,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _config(tables: Mapping[str, Any], report: Report) -> Config:
-    refuse_unknown(tables, [*TABLES, "endpoints", "events"], (), report)
+    refuse_unknown(tables, [*TABLES, "endpoints", "events", "sources"], (), report)
     server = _table(Server, "server", tables, report)
     delivery = replace(_table(DeliverySettings, "delivery", tables, report), source=server.source)
     delivery = replace(delivery, tls=read_tls(delivery, tables.get("delivery", {}), ("delivery",), report))
@@ -133,6 +137,7 @@ def _config(tables: Mapping[str, Any], report: Report) -> Config:
         logging=_table(Logging, "logging", tables, report),
         endpoints=read_endpoints(tables.get("endpoints", []), delivery, rules.policy, report),
         events=_catalogue(tables.get("events", {}), report),
+        sources=read_sources(tables.get("sources", []), SourceSettings, report),
     )
 
 

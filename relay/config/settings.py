@@ -20,6 +20,7 @@ from relay.config.address import (
     parse_proxy,
 )
 from relay.config.check import ListOf, Report, Scalar, has_type
+from relay.config.database import parse_database, parse_schema
 from relay.config.header import HeaderTable
 from relay.config.lines import Place
 from relay.config.quantity import duration_between, number_between, one_of, parse_rate, size_between
@@ -91,6 +92,8 @@ _SIGNATURES = ListOf(SignatureEntry(), "a list of schemes", at_least=1, distinct
 _FORMAT = _word(*formats.FORMATS)
 _ENDPOINT_ID = Scalar(str, "text", parse_endpoint_id)
 _EVENTS = ListOf(Scalar(str, "an event type", parse_subscription), "a list of event types", at_least=1)
+_DATABASE = Scalar(str, 'a PostgreSQL such as "postgresql://user@host/database"', parse_database)
+_SCHEMA = Scalar(str, "the name of a schema", parse_schema)
 _JSON = Scalar(object, "a value", parse_json)
 
 
@@ -193,6 +196,15 @@ class EndpointSettings:
     description: Annotated[str, _TEXT] = ""
     secret: Annotated[Secret | None, _SECRET] = None
     secrets: Annotated[tuple[Secret, ...], _SECRETS] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceSettings:
+    """[[sources]]: a PostgreSQL of an application's own, where `relay_submit` is called."""
+
+    id: Annotated[str, _ENDPOINT_ID]
+    url: Annotated[Secret, _DATABASE]
+    schema: Annotated[str, _SCHEMA] = "public"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,6 +75,19 @@ class Tally:
         self.duration.observe(milliseconds / 1000)
 
 
+class SourceTally:
+    """What came from one source, and how it stands."""
+
+    __slots__ = ("accepted", "duplicates", "refused", "up", "waiting")
+
+    def __init__(self) -> None:
+        self.accepted = 0
+        self.duplicates = 0
+        self.refused = 0
+        self.up = False
+        self.waiting = 0  # of those refused, what is still there
+
+
 class Metrics:
     """Everything that is counted, from the start of the process."""
 
@@ -89,6 +102,7 @@ class Metrics:
         self.reloaded_at_ms = 0  # when the config in use was read
         self.endpoints: dict[str, Tally] = {}
         self.rest = Tally()
+        self.sources: dict[str, SourceTally] = {}
 
     def of(self, endpoint: str) -> Tally:
         """Return where to count what happens at an endpoint; asked once for each lane."""
@@ -103,6 +117,15 @@ class Metrics:
         """Forget endpoints that are there no more, so that names which come and go do not add up."""
         for endpoint in self.endpoints.keys() - endpoints:
             del self.endpoints[endpoint]
+
+    def source(self, source: str) -> SourceTally:
+        """Return where to count what comes from a source."""
+        return self.sources.setdefault(source, SourceTally())
+
+    def keep_sources(self, sources: Collection[str]) -> None:
+        """Forget sources that are there no more."""
+        for source in self.sources.keys() - sources:
+            del self.sources[source]
 
     def reloaded(self, now_ms: int) -> None:
         self.reload_successful = True

@@ -66,6 +66,7 @@ class Scrape:
         yield from _events(self._metrics)
         yield from _deliveries(self._metrics)
         yield from _endpoints(_bounded(self._now.endpoints), self._now.endpoints)
+        yield from _sources(self._metrics)
         yield from _store(self._metrics, self._now)
         yield from _process(self._metrics, self._now)
 
@@ -194,6 +195,27 @@ def _endpoints(shown: Mapping[str, EndpointNow], every: Mapping[str, EndpointNow
     rows = (((endpoint,), each.oldest_seconds) for endpoint, each in shown.items())
     text = "Age of the oldest event that the endpoint still waits for; 0 when there is none."
     yield _family("gauge", "relay_outbox_oldest_age_seconds", text, ("endpoint",), rows)
+
+
+def _sources(metrics: Metrics) -> Iterator[Metric]:
+    sources = dict(metrics.sources)
+    yield _family(
+        "counter",
+        "relay_source_submissions",
+        "Submissions taken from a source, by what became of them.",
+        ("source", "result"),
+        (
+            ((source, result), getattr(tally, result))
+            for source, tally in sources.items()
+            for result in ("accepted", "duplicates", "refused")
+        ),
+    )
+    text = "1 while the source can be read and the outbox takes what is there."
+    rows: Rows = (((source,), tally.up) for source, tally in sources.items())
+    yield _family("gauge", "relay_source_up", text, ("source",), rows)
+    text = "Submissions that were refused and are still in the source, 10,000 at the most."
+    rows = (((source,), tally.waiting) for source, tally in sources.items())
+    yield _family("gauge", "relay_source_refused", text, ("source",), rows)
 
 
 def _store(metrics: Metrics, now: Now) -> Iterator[Metric]:

@@ -6,7 +6,7 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_relay_secret_subparsers=(new)
-_shtab_relay_ops_subparsers=(grafana alerts)
+_shtab_relay_ops_subparsers=(grafana alerts submit-sql)
 _shtab_relay_subparsers=(serve check demo listen verify healthcheck send test status drain backup reload events show replay endpoints secret ops completion version)
 
 _shtab_relay_serve_option_strings=(-h --help --config)
@@ -29,6 +29,7 @@ _shtab_relay_secret_new_option_strings=(-h --help --ed25519 --json)
 _shtab_relay_secret_option_strings=(-h --help)
 _shtab_relay_ops_grafana_option_strings=(-h --help)
 _shtab_relay_ops_alerts_option_strings=(-h --help)
+_shtab_relay_ops_submit_sql_option_strings=(-h --help --schema --portable)
 _shtab_relay_ops_option_strings=(-h --help)
 _shtab_relay_completion_option_strings=(-h --help)
 _shtab_relay_version_option_strings=(-h --help --json)
@@ -47,7 +48,7 @@ _shtab_relay_backup_pos_0_COMPGEN=_shtab_compgen_files
 
 _shtab_relay_endpoints_pos_0_choices=(list pause resume remove rotate-secret)
 _shtab_relay_secret_pos_0_choices=(new)
-_shtab_relay_ops_pos_0_choices=(grafana alerts)
+_shtab_relay_ops_pos_0_choices=(grafana alerts submit-sql)
 _shtab_relay_completion_pos_0_choices=(bash zsh fish)
 _shtab_relay_pos_0_choices=(serve check demo listen verify healthcheck send test status drain backup reload events show replay endpoints secret ops completion version)
 
@@ -111,6 +112,9 @@ _shtab_relay_ops_grafana__h_nargs=0
 _shtab_relay_ops_grafana___help_nargs=0
 _shtab_relay_ops_alerts__h_nargs=0
 _shtab_relay_ops_alerts___help_nargs=0
+_shtab_relay_ops_submit_sql__h_nargs=0
+_shtab_relay_ops_submit_sql___help_nargs=0
+_shtab_relay_ops_submit_sql___portable_nargs=0
 _shtab_relay_ops_pos_0_nargs=A...
 _shtab_relay_ops__h_nargs=0
 _shtab_relay_ops___help_nargs=0

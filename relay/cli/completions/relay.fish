@@ -50,8 +50,8 @@ function _shtab_relay_using
   test "$_shtab_relay_cmdpath" = "$argv"
 end
 
-set -g _shtab_relay_commands serve check demo listen verify healthcheck send test status drain backup reload events show replay endpoints secret 'secret new' ops 'ops grafana' 'ops alerts' completion version
-set -g _shtab_relay_opts_with_value --answer --at --body --cert --config --count --data --endpoint --event --header --header-scheme --headers-file --idempotency-key --interval --key --limit --overlap --port --rate --secret-file --since --state --timeout --to --until --url
+set -g _shtab_relay_commands serve check demo listen verify healthcheck send test status drain backup reload events show replay endpoints secret 'secret new' ops 'ops grafana' 'ops alerts' 'ops submit-sql' completion version
+set -g _shtab_relay_opts_with_value --answer --at --body --cert --config --count --data --endpoint --event --header --header-scheme --headers-file --idempotency-key --interval --key --limit --overlap --port --rate --schema --secret-file --since --state --timeout --to --until --url
 
 complete -c relay -e
 complete -c relay -f
@@ -63,7 +63,7 @@ complete -c relay -n '_shtab_relay_using serve' -l config -xka "(__fish_complete
 complete -c relay -n '_shtab_relay_using; and test $_shtab_relay_npos -eq 0' -a check -d 'Check the config and tell every mistake with its line.'
 complete -c relay -n '_shtab_relay_using check' -s h -l help -d 'show this help message and exit'
 complete -c relay -n '_shtab_relay_using check' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the config file (default: $RELAY_CONFIG, else ./relay.toml, else /etc/relay/relay.toml)'
-complete -c relay -n '_shtab_relay_using check' -l connect -d 'then look each endpoint up, connect and verify its certificate; nothing is sent'
+complete -c relay -n '_shtab_relay_using check' -l connect -d 'then connect to each endpoint and verify its certificate, and look at each source; nothing is sent'
 complete -c relay -n '_shtab_relay_using check' -l json -d 'print JSON, one object a line'
 complete -c relay -n '_shtab_relay_using; and test $_shtab_relay_npos -eq 0' -a demo -d 'Show everything at work on this machine: a relay, a receiver, five events and what arrived.'
 complete -c relay -n '_shtab_relay_using demo' -s h -l help -d 'show this help message and exit'
@@ -161,12 +161,16 @@ complete -c relay -n '_shtab_relay_using secret; and test $_shtab_relay_npos -eq
 complete -c relay -n '_shtab_relay_using secret new' -s h -l help -d 'show this help message and exit'
 complete -c relay -n '_shtab_relay_using secret new' -l ed25519 -d 'a key pair: whsk_… to sign standard-ed25519 with, its public whpk_… on standard error'
 complete -c relay -n '_shtab_relay_using secret new' -l json -d 'print JSON, one object a line'
-complete -c relay -n '_shtab_relay_using; and test $_shtab_relay_npos -eq 0' -a ops -d 'Print what comes with the relay for Prometheus and Grafana.'
+complete -c relay -n '_shtab_relay_using; and test $_shtab_relay_npos -eq 0' -a ops -d 'Print what comes with the relay for Prometheus, Grafana and PostgreSQL.'
 complete -c relay -n '_shtab_relay_using ops' -s h -l help -d 'show this help message and exit'
 complete -c relay -n '_shtab_relay_using ops; and test $_shtab_relay_npos -eq 0' -a grafana -d 'Print a Grafana dashboard of the relay'"'"'s metrics, as JSON to import.'
 complete -c relay -n '_shtab_relay_using ops grafana' -s h -l help -d 'show this help message and exit'
 complete -c relay -n '_shtab_relay_using ops; and test $_shtab_relay_npos -eq 0' -a alerts -d 'Print alert rules for Prometheus, as YAML.'
 complete -c relay -n '_shtab_relay_using ops alerts' -s h -l help -d 'show this help message and exit'
+complete -c relay -n '_shtab_relay_using ops; and test $_shtab_relay_npos -eq 0' -a submit-sql -d 'Print the SQL that lets an application submit events inside its own transactions.'
+complete -c relay -n '_shtab_relay_using ops submit-sql' -s h -l help -d 'show this help message and exit'
+complete -c relay -n '_shtab_relay_using ops submit-sql' -l schema -x -d 'where function and table are made (default: public)'
+complete -c relay -n '_shtab_relay_using ops submit-sql' -l portable -d 'without NOTIFY and storage parameters, for engines that are like PostgreSQL'
 complete -c relay -n '_shtab_relay_using; and test $_shtab_relay_npos -eq 0' -a completion -d 'Print the script that lets a shell complete the relay'"'"'s commands and options.'
 complete -c relay -n '_shtab_relay_using completion' -s h -l help -d 'show this help message and exit'
 complete -c relay -n '_shtab_relay_using completion; and test $_shtab_relay_npos -eq 0' -ka "bash zsh fish" -d 'bash, zsh or fish'

@@ -19,7 +19,7 @@ _shtab_relay_commands() {
     events:'List events, newest first.'
     healthcheck:'Tell by the exit code whether the relay is ready, for a container'"'"'s probe.'
     listen:'Receive deliveries on this machine, verify their signatures and print one line for each.'
-    ops:'Print what comes with the relay for Prometheus and Grafana.'
+    ops:'Print what comes with the relay for Prometheus, Grafana and PostgreSQL.'
     reload:'Let the running relay read its config again; one with mistakes changes nothing.'
     replay:'Send again one event, or what an endpoint missed.'
     secret:'Make the secrets that deliveries are signed with.'
@@ -38,6 +38,7 @@ _shtab_relay_ops_commands() {
   local _commands=(
     alerts:'Print alert rules for Prometheus, as YAML.'
     grafana:'Print a Grafana dashboard of the relay'"'"'s metrics, as JSON to import.'
+    submit-sql:'Print the SQL that lets an application submit events inside its own transactions.'
   )
   _describe 'relay ops commands' _commands
 }
@@ -69,7 +70,7 @@ _shtab_relay_backup_defaults_added=0
 _shtab_relay_check_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--config[the config file (default\: \$RELAY_CONFIG, else .\/relay.toml, else \/etc\/relay\/relay.toml)]:PATH:_files"
-  "--connect[then look each endpoint up, connect and verify its certificate\; nothing is sent]"
+  "--connect[then connect to each endpoint and verify its certificate, and look at each source\; nothing is sent]"
   "--json[print JSON, one object a line]"
 )
 
@@ -173,6 +174,15 @@ _shtab_relay_ops_grafana_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_relay_ops_grafana_defaults_added=0
+
+_shtab_relay_ops_submit_sql_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--schema[where function and table are made (default\: public)]:schema:"
+  "--portable[without NOTIFY and storage parameters, for engines that are like PostgreSQL]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_relay_ops_submit_sql_defaults_added=0
 
 _shtab_relay_reload_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -355,6 +365,7 @@ _shtab_relay_ops() {
       case $line[1] in
         alerts) _arguments -C -s $_shtab_relay_ops_alerts_options ;;
         grafana) _arguments -C -s $_shtab_relay_ops_grafana_options ;;
+        submit-sql) _arguments -C -s $_shtab_relay_ops_submit_sql_options ;;
       esac
   esac
 }
