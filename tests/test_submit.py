@@ -6,6 +6,8 @@ the function as applications do, over several drivers, against a relay in a proc
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,8 +20,10 @@ from psycopg.types.json import Json
 
 from relay.sources.script import VERSION, script
 from tests import postgres
+from tests.figures import figure
 from tests.process import RelayProcess, relay_process
 from tests.receiver import Answer, Receiver
+from tests.submit import run
 
 SECRET = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 Begun = Callable[..., AbstractContextManager[RelayProcess]]
@@ -177,6 +181,9 @@ async def test_what_cannot_be_accepted_stays_with_its_reason_and_holds_up_nothin
         assert line["submissions"] == len(REFUSED)
         assert (line["source"], line["event_id"]) == ("shop", rows[0]["id"])
         assert await asyncio.to_thread(metric, relay, "relay_source_refused") == len(REFUSED)
+        status = (await asyncio.to_thread(relay.call, "GET", "/v1/status"))[1]
+        assert status["sources"] == [{"id": "shop", "error": None, "since": None, "refused": len(REFUSED)}]
+        assert f"{len(REFUSED)} refused in shop" in status["sentence"]
 
         # As the README says: mended and submitted again, or dropped.
         await app.execute(
@@ -231,7 +238,7 @@ async def test_a_kill_between_keeping_and_deleting_makes_no_second_event(app, ma
 async def test_a_full_outbox_leaves_rows_where_they_are(app, made, receiver):
     """Nothing is refused for want of room: it waits in the application's database until there is some."""
     receiver.answers(*[Answer(503)] * 2)
-    with made('retry_schedule = ["1s", "1s", "1s"]') as relay:
+    with made('retry_schedule = ["200ms", "1s", "1s"]') as relay:
         text = relay.config.read_text().replace("[egress]", "max_pending = 2\n[egress]")
         relay.config.write_text(text)
         await asyncio.to_thread(relay.start)
@@ -299,6 +306,36 @@ async def test_the_application_needs_no_more_than_to_execute(app, postgres_url):
     assert await app.fetchval("SELECT count(*) FROM public.relay_submissions") == 2
 
 
+async def test_the_commands_tell_of_sources(app, made, receiver, postgres_url, tmp_path):
+    """What an operator sees first: the status, and a check before the start."""
+
+    async def relay_says(*words: str, code: int = 0) -> str:
+        command = [sys.executable, "-m", "relay", *words]
+        done = await asyncio.to_thread(
+            subprocess.run, command, capture_output=True, text=True, timeout=20, env=running.environment
+        )
+        assert done.returncode == code, done.stderr
+        return done.stdout
+
+    with made() as running:
+        await asyncio.to_thread(running.start)
+        await app.execute("SELECT relay_submit('no name', '{}')")
+        await until(lambda: metric(running, "relay_source_refused"), "it is counted")
+        assert "\nsource shop: is read, 1 refused\n" in await relay_says("status", "--url", running.url)
+        config = ("check", "--connect", "--config", str(running.config))
+        assert "\nsource shop  yes " in await relay_says(*config)
+        assert ": ok, 1 endpoint, 1 source\n" in await relay_says(*config)
+        await app.execute("DROP FUNCTION relay_submit_version()")
+        told = json.loads(await relay_says(*config, "--json", code=1))
+        assert told["sources"] == 1
+        assert [each["ok"] for each in told["connections"]] == [True, False]
+        assert "relay ops submit-sql" in told["connections"][1]["error"]
+    assert await relay_says("ops", "submit-sql") == script("public")
+    assert await relay_says("ops", "submit-sql", "--schema", "a b", "--portable") == script(
+        "a b", portable=True
+    )
+
+
 async def test_sources_come_and_go_with_a_reload(app, made, receiver, postgres_server, postgres_url):
     other_url = await postgres.new_database(postgres_server, f"{urlsplit(postgres_url).path[1:]}_b")
     other = await asyncpg.connect(other_url)
@@ -351,6 +388,9 @@ async def test_a_source_that_is_away_is_waited_for_and_told_once(restartable, ma
         await until(lambda: lines(relay, "source_failing"), "it is told")
         assert (await asyncio.to_thread(relay.call, "GET", "/readyz"))[0] == 200
         assert await asyncio.to_thread(metric, relay, "relay_source_up") == 0
+        status = (await asyncio.to_thread(relay.call, "GET", "/v1/status"))[1]
+        assert status["sources"][0]["error"]
+        assert "nothing comes from shop since" in status["sentence"]
         ids = []
         for _ in range(2):
             await asyncio.to_thread(restartable.start)
@@ -362,3 +402,12 @@ async def test_a_source_that_is_away_is_waited_for_and_told_once(restartable, ma
         assert len(lines(relay, "source_failing")) in (2, 3)  # of the third outage perhaps not yet
         assert len(lines(relay, "source_recovered")) == 2
     assert [each.headers["webhook-id"] for each in receiver.requests] == ids
+
+
+async def test_exactly_the_committed_half_arrives_while_the_relay_is_killed(postgres_url, tmp_path):
+    """The short form of `python -m tests.submit`."""
+    found = await run(postgres_url, tmp_path, transactions=600, relays=1, seconds=3.0, seed=5)
+    figure("transactions / committed / kills / met again", found.told().partition(";")[0])
+    assert found.wrong() == []
+    assert found.kills > 0
+    assert 0 < found.committed < found.transactions

@@ -12,7 +12,7 @@ from relay.ingest import Ingest
 from relay.metrics import Metrics
 from relay.outbox import Outbox
 from relay.sender import Sender
-from relay.sources.reader import Standing
+from relay.sources.reader import SourceStanding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class State:
     metrics: Metrics = field(default_factory=Metrics)
     sending: Callable[[], int] = lambda: 0
     most_sending: int = 0
-    sources: Callable[[], Mapping[str, Standing]] = dict
+    sources: Callable[[], Mapping[str, SourceStanding]] = dict
     servers: list[web.AppRunner] = field(default_factory=list)
     addresses: list[str] = field(default_factory=list)
 

@@ -17,6 +17,7 @@ from relay.ingest import iso
 from relay.model import Standing
 from relay.outbox import Backlog, Past
 from relay.recent import MINUTE_MS, Failure, Minute
+from relay.sources.reader import SourceStanding
 
 NAMED = 3  # endpoints in trouble that the sentence names; the others it counts
 
@@ -43,6 +44,16 @@ class EndpointStatus:
     last_failure_at: str | None
     last_error: str | None
     explanation: str | None  # of the last error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceStatus:
+    """How one source stands: why nothing can be taken from it, since when, what waits for a person."""
+
+    id: str
+    error: str | None
+    since: str | None
+    refused: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +94,7 @@ class Status:
     pending: int
     dead: int
     endpoints: tuple[EndpointStatus, ...]
+    sources: tuple[SourceStatus, ...]
     minutes: tuple[MinuteStatus, ...]
     failures: tuple[FailureStatus, ...]
 
@@ -112,21 +124,28 @@ async def look(state: State) -> Status:
         id_ = each.endpoint.id
         due_ms = await state.outbox.due(id_)
         endpoints.append(_endpoint(each, backlogs.get(id_), pasts.get(id_), due_ms, state))
+    sources = tuple(_source(id_, standing) for id_, standing in state.sources().items())
     trouble = state.unready or state.outbox.trouble()
     return Status(
-        sentence=sentence(trouble, endpoints, now_ms),
+        sentence=sentence(trouble, endpoints, now_ms, sources),
         ready=trouble is None,
         at=iso(now_ms),
         version=__version__,
         pending=sum(each.pending for each in endpoints),
         dead=sum(each.dead for each in endpoints),
         endpoints=tuple(endpoints),
+        sources=sources,
         minutes=tuple(_minute(each) for each in state.ingest.recent.minutes(now_ms)),
         failures=tuple(_failure(each) for each in state.ingest.recent.failures()),
     )
 
 
-def sentence(trouble: str | None, endpoints: Sequence[EndpointStatus], now_ms: int) -> str:
+def sentence(
+    trouble: str | None,
+    endpoints: Sequence[EndpointStatus],
+    now_ms: int,
+    sources: Sequence[SourceStatus] = (),
+) -> str:
     """Say how all stands: "Ready. 3 endpoints, 12 waiting, 2 dead; crm is down since 10:02 UTC."."""
     opening = f"Not ready: {trouble.rstrip('.')}." if trouble is not None else "Ready."
     if not endpoints:
@@ -138,6 +157,7 @@ def sentence(trouble: str | None, endpoints: Sequence[EndpointStatus], now_ms: i
     named = [_stands(each, now_ms) for each in apart[:NAMED]]
     if len(apart) > NAMED:
         named.append(f"{len(apart) - NAMED} more are down, gone or paused")
+    named += [text for each in sources[:NAMED] if (text := _trouble_of(each, now_ms))]
     told = "; " + ", ".join(named) if named else ""
     return f"{opening} {count}, {waiting} waiting, {dead} dead{told}."
 
@@ -150,6 +170,12 @@ def explanation(reason: str) -> str:
 def _stands(endpoint: EndpointStatus, now_ms: int) -> str:
     since = f" since {_of_day(endpoint.since, now_ms)}" if endpoint.since is not None else ""
     return f"{endpoint.id} is {endpoint.state}{since}"
+
+
+def _trouble_of(source: SourceStatus, now_ms: int) -> str:
+    if source.since is not None:
+        return f"nothing comes from {source.id} since {_of_day(source.since, now_ms)}"
+    return f"{source.refused} refused in {source.id}" if source.refused else ""
 
 
 def _of_day(at: str, now_ms: int) -> str:
@@ -186,6 +212,10 @@ def _endpoint(
         last_error=last_error,
         explanation=explanation(last_error) if last_error is not None else None,
     )
+
+
+def _source(id_: str, standing: SourceStanding) -> SourceStatus:
+    return SourceStatus(id=id_, error=standing.error, since=_at(standing.since_ms), refused=standing.refused)
 
 
 def _next_ms(state: str, past: Past | None, due_ms: int | None) -> int | None:

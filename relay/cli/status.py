@@ -36,6 +36,7 @@ class Look(NamedTuple):
     state: str
     ready: bool
     endpoints: Sequence[dict[str, Any]]
+    sources: Sequence[dict[str, Any]] = ()
     counts: Counts | None = None
 
 
@@ -44,7 +45,8 @@ def status(arguments: Namespace) -> int:
         return watch(arguments)
     seen = look(arguments)
     if arguments.json:
-        show_json({"state": seen.state, "ready": seen.ready, "endpoints": seen.endpoints})
+        told = {"state": seen.state, "ready": seen.ready, "endpoints": seen.endpoints}
+        show_json({**told, "sources": seen.sources})
     else:
         print("\n".join(lines(seen)))
     return Exit.DONE if seen.ready else Exit.FAILED
@@ -77,10 +79,11 @@ def watch(arguments: Namespace) -> int:
 def look(arguments: Namespace) -> Look:
     code, answer = call("GET", "/readyz", url=arguments.url)
     endpoints = ask(arguments, "GET", "/v1/webhooks/settings")["data"]
+    sources = ask(arguments, "GET", "/v1/status")["sources"]
     why_not = (
         answer.get("detail", f"it answered {code}") if isinstance(answer, dict) else f"it answered {code}"
     )
-    return Look("ready" if code == 200 else f"not ready: {why_not}", code == 200, endpoints)
+    return Look("ready" if code == 200 else f"not ready: {why_not}", code == 200, endpoints, sources)
 
 
 def counting(arguments: Namespace) -> Look:
@@ -138,12 +141,19 @@ def lines(seen: Look, rates: Rates | None = None) -> list[str]:
     head = f"{printable(seen.state)}, {waiting:,} waiting, {dead:,} dead"
     if rates is not None:
         head += f", {a_second(rates.accepted)} accepted, {a_second(rates.delivered)} delivered"
+    head_and_sources = [head, *map(source, seen.sources)]
     if not seen.endpoints:
-        return [head]
+        return head_and_sources
     columns = ["id", "state", "pending", "dead", "oldest", "last success", "last error"]
     if rates is not None:
         columns.insert(5, "delivered")
-    return [head, *table(columns, [row(each, rates) for each in seen.endpoints])]
+    return [*head_and_sources, *table(columns, [row(each, rates) for each in seen.endpoints])]
+
+
+def source(each: Mapping[str, Any]) -> str:
+    """Say in a line how a source stands."""
+    state = f"nothing comes since {each['since']}: {each['error']}" if each["error"] else "is read"
+    return printable(f"source {each['id']}: {state}, {each['refused']:,} refused")
 
 
 def row(endpoint: Mapping[str, Any], rates: Rates | None) -> dict[str, object]:
@@ -167,6 +177,7 @@ def as_json(seen: Look, rates: Rates) -> dict[str, object]:
         "ready": seen.ready,
         "accepted_per_second": rates.accepted,
         "delivered_per_second": rates.delivered,
+        "sources": seen.sources,
         "endpoints": [{**each, "delivered_per_second": rates.of(each["id"])} for each in seen.endpoints],
     }
 

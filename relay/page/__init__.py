@@ -106,7 +106,8 @@ def stands(status: Status) -> str:
     if not status.ready:
         return "not"
     down = any(each.state in {"down", "gone"} for each in status.endpoints)
-    return "troubled" if down or status.dead else "well"
+    source = any(each.error or each.refused for each in status.sources)
+    return "troubled" if down or source or status.dead else "well"
 
 
 def wants_text(accept: str) -> bool:

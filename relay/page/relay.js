@@ -415,7 +415,8 @@ function show(status) {
   $("at").textContent = `${status.at.slice(11, 19)} UTC`;
   $("sentence").textContent = status.sentence;
   const apart = status.endpoints.filter((each) => each.state !== "active");
-  const troubled = status.dead > 0 || apart.some((each) => each.state !== "paused");
+  const source = status.sources.some((each) => each.error !== null || each.refused > 0);
+  const troubled = status.dead > 0 || source || apart.some((each) => each.state !== "paused");
   $("sentence").dataset.stands = !status.ready ? "not" : troubled ? "troubled" : "well";
   document.title = !status.ready ? "relay: not ready" : apart.length ? `relay: ${count(apart.length, "endpoint")} not active` : "relay";
   const now = JSON.stringify([status.ready, apart.map((each) => [each.id, each.state])]);

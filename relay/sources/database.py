@@ -25,7 +25,7 @@ SIZE = 'octet_length(data::text) + coalesce(octet_length("to"::text), 0)' + "".j
     f" + coalesce(octet_length({name}), 0)"
     for name in ("event", "key", "idempotency_key", "traceparent", "tracestate")
 )
-WAITS = "SELECT EXISTS (SELECT 1 FROM {table} WHERE refusal IS NULL)"
+WAITS = "SELECT seq FROM {table} WHERE refusal IS NULL ORDER BY seq LIMIT 1"
 TAKE = (
     f"SELECT seq, id, key, {SIZE} FROM {{table}}"  # noqa: S608 - of constants
     " WHERE refusal IS NULL ORDER BY seq LIMIT $1 FOR UPDATE SKIP LOCKED"
@@ -89,7 +89,7 @@ class Database:
     async def waits(self) -> bool:
         """Tell whether any row waits, whoever has it in hand."""
         with told(self._source):
-            return bool(await self._connection.fetchval(self._sql(WAITS)))
+            return await self._connection.fetchval(self._sql(WAITS)) is not None
 
     async def refused(self) -> int:
         """Count the rows that were refused and are still there, up to a bound."""

@@ -40,7 +40,7 @@ class Surroundings:
 
 
 @dataclass(slots=True, kw_only=True)
-class Standing:
+class SourceStanding:
     """How a source stands; `error` is why nothing can be taken from it, since a time, if that is so."""
 
     error: str | None = None
@@ -67,7 +67,7 @@ class Reader:
 
     def __init__(self, source: Source, around: Surroundings, *, own: bool = False) -> None:
         self.source = source
-        self.standing = Standing()
+        self.standing = SourceStanding()
         self.settled_ms = 0
         self.ended = asyncio.Event()
         self._own = own  # the database of the outbox, where what is missing is made

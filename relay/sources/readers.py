@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from relay.model import Source
 from relay.sources.database import AwayError
-from relay.sources.reader import Reader, Standing, Surroundings, check
+from relay.sources.reader import Reader, SourceStanding, Surroundings, check
 
 CHECK_SECONDS = 2.0  # what a start or a reload waits for a source that does not answer
 STOP_SECONDS = 5.0
@@ -25,7 +25,7 @@ class Readers:
         self._tasks: asyncio.TaskGroup | None = None
         self._stop = asyncio.Event()
 
-    def standings(self) -> dict[str, Standing]:
+    def standings(self) -> dict[str, SourceStanding]:
         """Tell how each source stands, by its id."""
         return {id_: each.standing for id_, each in self._readers.items()}
 
