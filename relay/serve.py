@@ -51,7 +51,6 @@ from relay.reload import Reloader, hosts_of, tell_changes
 from relay.retention import forget
 from relay.sender import Sender, open_sender
 from relay.sources.database import UnfitError
-from relay.sources.reader import Surroundings as SourceSurroundings
 from relay.sources.readers import Readers
 from relay.subscription import Subscriptions
 from relay.systemd import ServiceManager
@@ -117,7 +116,8 @@ async def serve(config: Config, path: Path) -> None:
         state, lanes = await join(config, outbox, sender, clock, metrics=metrics, traces=traces)
         access = Access(hosts_of(config.server), config.server.tokens)
         manager = ServiceManager(os.environ, clock)
-        sources = join_sources(config, state)
+        sources = Readers(state, config.sources)
+        state.sources = sources.standings
         state.reload = reloader = Reloader(path, config, state, access, manager, sources=sources)
         await work(reloader, lanes, stop)
     log.info("stopped")
@@ -173,20 +173,6 @@ async def join(
         most_sending=most_sending,
     )
     return state, lanes
-
-
-def join_sources(config: Config, state: State) -> Readers:
-    """Build what reads the sources, and let the API tell how they stand."""
-    around = SourceSurroundings(
-        ingest=state.ingest,
-        outbox=state.outbox,
-        clock=state.clock,
-        metrics=state.metrics,
-        max_event_size=lambda: state.max_event_size,
-    )
-    sources = Readers(around, config.sources)
-    state.sources = sources.standings
-    return sources
 
 
 async def work(reloader: Reloader, lanes: Lanes, stop: "Stop") -> None:

@@ -22,7 +22,7 @@ from relay.outbox import FullError, Outbox, Query, open_outbox
 from relay.retention import forget
 from relay.sources import database
 from relay.sources.database import AwayError, opened
-from relay.sources.reader import Pass, Reader, Surroundings
+from relay.sources.reader import Pass, Reader
 from relay.sources.readers import MARGIN_MS, Readers
 from relay.sources.rows import Row, Waiting, draft, fitting, in_order
 from relay.sources.script import script
@@ -62,21 +62,16 @@ def test_a_row_is_known_again_by_its_id_or_by_the_key_it_came_with():
 
 
 class Shop:
-    """A source, and what reads it into one outbox."""
+    """A source, and all that its readers share."""
 
     def __init__(self, url: str, outbox: Outbox) -> None:
         self.source = Source(id="shop", url=Secret(url))
         self.outbox = outbox
+        self.clock = SystemClock()
         self.metrics = Metrics()
+        self.max_event_size = 1 << 18
         self.ingest = Ingest(
-            outbox=outbox, subscriptions=Subscriptions([]), clock=SystemClock(), wake=lambda _: None
-        )
-        self.around = Surroundings(
-            ingest=self.ingest,
-            outbox=outbox,
-            clock=SystemClock(),
-            metrics=self.metrics,
-            max_event_size=lambda: 1 << 18,
+            outbox=outbox, subscriptions=Subscriptions([]), clock=self.clock, wake=lambda _: None
         )
 
     async def kept(self) -> list[object]:
@@ -132,7 +127,7 @@ async def kept_and_killed(shop: Shop, reader: Reader) -> None:
 async def test_readers_share_the_rows_and_keep_each_keys_order(app, shop):
     """One outbox, several relays: nothing twice, and of a key nothing before what was submitted earlier."""
     ids = {key: [] for key in (*"abcde", None)}
-    readers = [Reader(shop.source, shop.around) for _ in range(3)]
+    readers = [Reader(shop.source, shop) for _ in range(3)]
     async with reading(*readers):
         for number in range(300):
             key = list(ids)[number % 6]
@@ -153,7 +148,7 @@ async def test_what_one_relay_has_in_hand_no_other_takes_and_nobody_passes_it(ap
         async with theirs.transaction():
             assert [each.id for each in await theirs.take(10)] == [first, second]
             third, fourth = await submit(app, "k"), await submit(app, "other")
-            reader = Reader(shop.source, shop.around)
+            reader = Reader(shop.source, shop)
             passed = await reader._take(ours)
             assert [id_ for id_, _ in await shop.kept()] == [fourth]
             assert not passed.more  # or it would ask without end
@@ -169,7 +164,7 @@ async def test_a_relay_that_hangs_with_rows_in_hand_loses_them(app, shop, monkey
         with pytest.raises(AwayError):
             async with hung.transaction():
                 assert len(await hung.take(10)) == 1
-                async with reading(Reader(shop.source, shop.around)):
+                async with reading(Reader(shop.source, shop)):
                     await left(app)
                 await hung.settle([1], {})
     assert await shop.kept() == [(id_, None)]
@@ -178,7 +173,7 @@ async def test_a_relay_that_hangs_with_rows_in_hand_loses_them(app, shop, monkey
 async def test_a_repeat_under_other_rules_is_done_with_and_not_refused(app, shop):
     """Kept, killed before the deletion, and meanwhile the catalogue has lost the type: it was sent."""
     id_ = await submit(app)
-    reader = Reader(shop.source, shop.around)
+    reader = Reader(shop.source, shop)
     await kept_and_killed(shop, reader)
     shop.ingest.learn(Catalogue([EventType(type="other")]))
     other = await submit(app)
@@ -191,7 +186,7 @@ async def test_a_repeat_under_other_rules_is_done_with_and_not_refused(app, shop
 async def test_a_full_outbox_is_done_with_what_it_has_and_leaves_the_rest(app, shop, monkeypatch):
     """Else nothing could be forgotten until there is room, and there is none until something is forgotten."""
     id_ = await submit(app)
-    reader = Reader(shop.source, shop.around)
+    reader = Reader(shop.source, shop)
     await kept_and_killed(shop, reader)
     rest = await submit(app)
 
@@ -212,9 +207,9 @@ async def test_a_full_outbox_is_done_with_what_it_has_and_leaves_the_rest(app, s
 async def test_what_may_come_a_second_time_is_not_forgotten(app, shop):
     """A source that is away may hold rows whose events are kept: they have to be recognised later."""
     id_ = await submit(app)
-    readers = Readers(shop.around, [shop.source])
-    await kept_and_killed(shop, Reader(shop.source, shop.around))
-    later = shop.around.clock.now_ms() + 10 * MARGIN_MS
+    readers = Readers(shop, [shop.source])
+    await kept_and_killed(shop, Reader(shop.source, shop))
+    later = shop.clock.now_ms() + 10 * MARGIN_MS
 
     class Later(SystemClock):
         def now_ms(self) -> int:
@@ -257,7 +252,7 @@ async def test_a_server_that_answers_no_more_is_given_up_and_comes_back(shop, mo
     monkeypatch.setattr(database, "CONNECT_SECONDS", 0.3)
     connection = await asyncpg.connect(restartable.url)
     await connection.execute(script("public"))
-    reader = Reader(Source(id="shop", url=Secret(restartable.url)), shop.around)
+    reader = Reader(Source(id="shop", url=Secret(restartable.url)), shop)
     async with reading(reader):
         first = await submit(connection)
         await left(connection)
@@ -282,7 +277,7 @@ async def test_without_notify_rows_are_found_by_looking(app, shop):
     assert "notify" not in portable.lower()
     assert "autovacuum" not in portable
     await app.execute(portable)
-    async with reading(Reader(shop.source, shop.around)):
+    async with reading(Reader(shop.source, shop)):
         id_ = await submit(app)
         await left(app)
     assert await shop.kept() == [(id_, None)]
@@ -293,7 +288,7 @@ async def test_another_schema_has_all_of_it(app, shop, postgres_url):
     await app.execute(script("Events"))
     await app.execute(script("Events"))  # changes nothing
     source = Source(id="events", url=Secret(postgres_url), schema="Events")
-    async with reading(Reader(source, shop.around)):
+    async with reading(Reader(source, shop)):
         id_ = await app.fetchval("""SELECT "Events".relay_submit('a', '{}')""")
         async with asyncio.timeout(10):
             while await shop.kept() != [(id_, None)]:

@@ -7,8 +7,9 @@ second at last. A source that does not answer and an outbox that keeps nothing a
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from relay.clock import Clock
 from relay.ingest import Ingest, InvalidError
@@ -28,15 +29,14 @@ COUNT_SECONDS = 30.0  # between two counts of what was refused
 JITTER = 0.2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What all readers share; `make` tells the largest event taken, in bytes."""
+class Surroundings(Protocol):
+    """What all readers share; the API's state is one."""
 
     ingest: Ingest
     outbox: Outbox
     clock: Clock
     metrics: Metrics
-    max_event_size: Callable[[], int]
+    max_event_size: int  # in bytes, as the config in force has it
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,7 +136,7 @@ class Reader:
 
     def _small(self, waiting: Sequence[Waiting], passed: Pass) -> list[Waiting]:
         """Refuse what is too large to be read at all, and return the others."""
-        limit = self._around.max_event_size()
+        limit = self._around.max_event_size
         passed.refusals |= {each.seq: too_large(each.size, limit) for each in waiting if each.size > limit}
         return [each for each in waiting if each.size <= limit]
 
