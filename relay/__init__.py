@@ -31,6 +31,7 @@ Around that:
     __main__.py, cli/  the command line, the only place that prints
     page/         the status page: what it shows, its style and its script
     serve.py      builds and joins all of these; starts downwards, stops upwards
+    listening.py  where requests are taken: sockets, and who serves them
     config/       a TOML file in, frozen objects out
     endpoints.py  the endpoints there are, and how those of the API change
     reload.py     reads the config again while everything goes on

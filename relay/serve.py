@@ -10,27 +10,23 @@ import logging
 import os
 import resource
 import signal
-import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from aiohttp import web
-
 from relay import __version__, logs
 from relay.about import build
-from relay.api import make_app, make_ops_app
-from relay.api.connections import Connections
 from relay.api.guard import Access
-from relay.api.state import STATE, State
+from relay.api.state import State
 from relay.catalogue import Catalogue
 from relay.clock import Clock, SystemClock, watch, watch_loop
-from relay.config import Address, Config, Server
+from relay.config import Config, Server
 from relay.delivery import Lanes
 from relay.endpoints import Endpoints
 from relay.ingest import Ingest
 from relay.lane import Lane, Surroundings
+from relay.listening import ListenError, listening
 from relay.metrics import Metrics
 from relay.outbox import (
     AwayError,
@@ -46,7 +42,6 @@ from relay.outbox import (
     open_outbox,
 )
 from relay.outbox.place import shown as shown_place
-from relay.page import Page
 from relay.reload import Reloader, hosts_of, tell_changes
 from relay.retention import forget
 from relay.sender import Sender, open_sender
@@ -67,17 +62,9 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (FullError, 74),  # only at the start; once it serves the relay waits for room
     (AwayError, 69),  # and for its database
 )
-SOCKET_MODE = 0o660
 OWN_DESCRIPTORS = 64  # outbox, log, listeners, look-ups, and the connections of `ops_listen`
-MOST_CONNECTIONS = 1000  # of whoever submits, at once
-MOST_OPS_CONNECTIONS = 16
-BACKLOG = 1024
 YOUNG_OBJECTS = 10_000  # between two looks for cycles among what is new
 MOST_ATTEMPTS = 20_000  # more would not fit the ports of one address
-
-
-class ListenError(Exception):
-    """The address cannot be listened on; the text is one sentence for the operator."""
 
 
 def run(config: Config, path: Path) -> int:
@@ -116,7 +103,7 @@ async def serve(config: Config, path: Path) -> None:
         state, lanes = await join(config, outbox, sender, clock, metrics=metrics, traces=traces)
         access = Access(hosts_of(config.server), config.server.tokens)
         manager = ServiceManager(os.environ, clock)
-        sources = Readers(state, config.sources)
+        sources = Readers(state, config.sources, own=config.outbox.url)
         state.sources = sources.standings
         state.reload = reloader = Reloader(path, config, state, access, manager, sources=sources)
         await work(reloader, lanes, stop)
@@ -190,7 +177,7 @@ async def work(reloader: Reloader, lanes: Lanes, stop: "Stop") -> None:
             tasks.create_task(watch(state.clock, partial(clock_was_set, lanes))),
             tasks.create_task(watch_loop(state.metrics.loop_lag_seconds.observe)),
         ]
-        async with listening(reloader.config.server, state, reloader.access) as addresses:
+        async with listening(reloader.config.server, state, reloader.access, attempts_at_once()) as addresses:
             # No delivery may ever come back to us, so none goes out before our addresses are known.
             state.sender.own_addresses = addresses
             tasks.create_task(lanes.run())
@@ -271,93 +258,6 @@ class Stop:
             self._asked_again.set()
             self._now()
         self.asked.set()
-
-
-@asynccontextmanager
-async def listening(
-    server: Server, state: State, access: Access
-) -> AsyncIterator[frozenset[tuple[str, int]]]:
-    """Take requests at the configured address; yields the addresses that deliveries may never go to."""
-    page = Page(state, access).routes() if server.page else ()
-    app = make_app(state, access, beside=page)
-    async with AsyncExitStack() as runners:
-        most = min(MOST_CONNECTIONS, attempts_at_once())
-        taken = [await runners.enter_async_context(site(app, server.listen, most))]
-        if server.ops_listen is not None:
-            ops = site(make_ops_app(state), server.ops_listen, MOST_OPS_CONNECTIONS)
-            taken.append(await runners.enter_async_context(ops))
-        state.addresses = [shown(each) for each in taken]
-        log.info("listening", extra={"addresses": state.addresses})
-        yield frozenset(address for address in taken if isinstance(address, tuple))
-
-
-def shown(taken: tuple[str, int] | str) -> str:
-    return f"unix:{taken}" if isinstance(taken, str) else str(Address(host=taken[0], port=taken[1]))
-
-
-@asynccontextmanager
-async def site(app: web.Application, address: Address, most: int) -> AsyncIterator[tuple[str, int] | str]:
-    """Serve one app at one address; yields the address as it really is (port 0 is any free one)."""
-    runner = web.AppRunner(app, handle_signals=False, shutdown_timeout=1.0)
-    # The socket outlives the server: asyncio's own loop fails on stopping to serve one that is closed.
-    with bound(address) as listener:
-        await runner.setup()
-        if STATE in app:
-            app[STATE].servers.append(runner)
-        try:
-            take = Connections(runner, most=most)
-            with closing(
-                await asyncio.get_running_loop().create_server(take, sock=listener, backlog=BACKLOG)
-            ):
-                name = listener.getsockname()
-                yield name if isinstance(name, str) else (name[0], name[1])
-        finally:
-            await runner.cleanup()
-
-
-@contextmanager
-def bound(address: Address) -> Iterator[socket.socket]:
-    """Bind a socket to the address; a unix socket's file goes with it. Raises ListenError."""
-    try:
-        listener = bound_unix(address.path) if address.path is not None else bound_tcp(address)
-    except OSError as error:
-        raise ListenError(f"cannot listen on {address}: {error.strerror or error}") from error
-    with listener:
-        made = address.path.stat().st_ino if address.path is not None else None
-        try:
-            yield listener
-        finally:
-            # Only our own: whoever put another in its place is listening there.
-            if address.path is not None and address.path.exists() and address.path.stat().st_ino == made:
-                address.path.unlink()
-
-
-def bound_tcp(address: Address) -> socket.socket:
-    listener = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address.host, address.port))
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def bound_unix(path: Path) -> socket.socket:
-    """Bind a unix socket that the app's group may use; one that a crash left behind is taken over."""
-    if path.is_socket():
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            if probe.connect_ex(str(path)) == 0:
-                raise ListenError(f"cannot listen on unix:{path}: somebody else is listening there")
-        path.unlink()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(str(path))
-        path.chmod(SOCKET_MODE)
-    except OSError:
-        listener.close()
-        raise
-    return listener
 
 
 def attempts_at_once() -> int:

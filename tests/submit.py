@@ -1,7 +1,8 @@
 """Transactions, half of them rolled back, while relays are killed: exactly what was committed arrives.
 
-    python -m tests.submit                  10,000 transactions within a minute, one relay
-    python -m tests.submit --relays 3       relays that share one source, each with an outbox of its own
+    python -m tests.submit                         10,000 transactions within a minute, one relay
+    python -m tests.submit --relays 3              relays that share it, each with its own outbox
+    python -m tests.submit --relays 3 --shared     relays on one outbox, in the same database
     python -m tests.submit --transactions 1000 --seconds 10 --seed 7
 
 Applications on asyncpg and psycopg write a row of their own and submit an event in one transaction; chance,
@@ -49,6 +50,7 @@ class Found:
 
     transactions: int = 0
     relays: int = 1
+    one: bool = True  # outbox
     committed: int = 0
     kills: int = 0
     seconds: float = 0.0
@@ -65,16 +67,17 @@ class Found:
         wrong = {
             "missing": len(self.missing),
             "ghosts": len(self.ghosts),
-            "kept twice": len(self.kept_twice) if self.relays == 1 else 0,
+            "kept twice": len(self.kept_twice) if self.one else 0,
             "left in the source": self.left,
             "inversions": len(self.inversions),
         }
         return [f"{name}: {count}" for name, count in wrong.items() if count]
 
     def told(self) -> str:
+        on = "one outbox" if self.one else "an outbox each"
         return (
-            f"{self.transactions} transactions, {self.committed} committed, {self.kills} kills of "
-            f"{self.relays} relay(s), {self.seconds:.0f} s; rows met again and recognised: {self.repeats}, "
+            f"{self.transactions} transactions, {self.committed} committed, {self.relays} relay(s) on {on}, "
+            f"{self.kills} kills, {self.seconds:.0f} s; rows met again and recognised: {self.repeats}, "
             f"kept by two relays: {len(self.kept_twice)}, arrived twice: {self.arrived_twice}; "
             + (", ".join(self.wrong()) or "exactly the committed half arrived")
         )
@@ -160,16 +163,37 @@ def repeats(relay: RelayProcess) -> int:
     return int(float(found[1])) if found is not None else 0
 
 
-async def run(url: str, folder: Path, *, transactions: int, relays: int, seconds: float, seed: int) -> Found:
+async def run(
+    url: str,
+    folder: Path,
+    *,
+    transactions: int,
+    relays: int,
+    seconds: float,
+    seed: int,
+    shared: bool = False,
+) -> Found:
     """Do all of it on this database, which is empty, and look at what came out."""
     chance = random.Random(seed)
-    found = Found(transactions=transactions // APPLICATIONS * APPLICATIONS, relays=relays)
+    found = Found(
+        transactions=transactions // APPLICATIONS * APPLICATIONS, relays=relays, one=shared or relays == 1
+    )
     connection = await asyncpg.connect(url)
-    await connection.execute(f"{script('public')}; {TABLE}")
+    await connection.execute(TABLE if shared else f"{script('public')}; {TABLE}")
+    # The relay's own schema, where it makes the function itself.
+    await connection.execute(
+        await connection.fetchval(
+            "SELECT format('ALTER DATABASE %I SET search_path = public, relay', current_database())"
+        )
+    )
+    await connection.execute("SET search_path = public, relay")
     begun = time.monotonic()
     async with Receiver() as receiver:
         with ExitStack() as stack:
-            running = [stack.enter_context(made(folder / str(n), receiver, url)) for n in range(relays)]
+            running = [
+                stack.enter_context(made(folder / str(n), receiver, url, shared=shared))
+                for n in range(relays)
+            ]
             for relay in running:
                 await asyncio.to_thread(relay.start)
             done = asyncio.Event()
@@ -186,23 +210,30 @@ async def run(url: str, folder: Path, *, transactions: int, relays: int, seconds
                 found.repeats += await asyncio.to_thread(repeats, relay)
                 await asyncio.to_thread(relay.stop)
         judge(found, committed, [each.headers["webhook-id"] for each in receiver.requests])
+    if shared:
+        kept = [row["id"] for row in await connection.fetch("SELECT id FROM relay.events")]
+    else:
+        kept = [id_ for n in range(relays) for id_ in events(folder / str(n))]
     await connection.close()
-    count(found, [folder / str(n) for n in range(relays)])
+    found.kept_twice = sorted(id_ for id_, times in Counter(kept).items() if times > 1)
     found.seconds = time.monotonic() - begun
     return found
 
 
 @contextmanager
-def made(folder: Path, receiver: Receiver, url: str) -> Iterator[RelayProcess]:
+def made(folder: Path, receiver: Receiver, url: str, *, shared: bool) -> Iterator[RelayProcess]:
     folder.mkdir()
     authority = folder / "authority.pem"
     authority.write_bytes(receiver.authority.cert_pem.bytes())
     config = (
         f'[[endpoints]]\nid = "main"\nurl = "{receiver.url}"\nevents = ["*"]\nsecret = "{SECRET}"\n'
         'order = "key"\nretry_schedule = ["1s", "1s", "1s", "1s", "1s"]\n'
-        f'[[sources]]\nid = "app"\nurl = "{url}"\n'
     )
-    with relay_process(folder, config, {"SSL_CERT_FILE": str(authority)}, start=False) as relay:
+    outbox = f'url = "{url}"\nheartbeat = "500ms"\ndead_after = "2s"' if shared else None
+    if not shared:
+        config += f'[[sources]]\nid = "app"\nurl = "{url}"\n'
+    environment = {"SSL_CERT_FILE": str(authority)}
+    with relay_process(folder, config, environment, start=False, outbox=outbox) as relay:
         yield relay
 
 
@@ -244,13 +275,10 @@ def judge(found: Found, committed: dict[str, asyncpg.Record], came: list[str]) -
             last[row["key"]] = row["number"] + 1
 
 
-def count(found: Found, folders: list[Path]) -> None:
-    """Look into the outboxes themselves."""
-    kept: Counter[str] = Counter()
-    for folder in folders:
-        with closing(sqlite3.connect(folder / "relay.db")) as db:
-            kept.update(id_ for (id_,) in db.execute("SELECT id FROM events"))
-    found.kept_twice = sorted(id_ for id_, times in kept.items() if times > 1)
+def events(folder: Path) -> list[str]:
+    """Look into an outbox itself."""
+    with closing(sqlite3.connect(folder / "relay.db")) as db:
+        return [id_ for (id_,) in db.execute("SELECT id FROM events")]
 
 
 def main() -> int:
@@ -259,6 +287,7 @@ def main() -> int:
     )
     parser.add_argument("--transactions", type=int, default=10_000)
     parser.add_argument("--relays", type=int, default=1)
+    parser.add_argument("--shared", action="store_true")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
@@ -270,6 +299,7 @@ def main() -> int:
                 transactions=arguments.transactions,
                 relays=arguments.relays,
                 seconds=arguments.seconds,
+                shared=arguments.shared,
                 seed=arguments.seed,
             )
         )

@@ -16,9 +16,9 @@ from relay.api.state import State
 from relay.catalogue import Catalogue
 from relay.config import Address
 from relay.ingest import Ingest
+from relay.listening import site
 from relay.model import Secret
 from relay.outbox import Backlog
-from relay.serve import site
 from relay.subscription import Subscriptions
 from tests.clock import MovedClock
 from tests.lanes import endpoint

@@ -6,8 +6,8 @@ What is tried here cannot be seen from outside a process: who has which row in h
 import asyncio
 import re
 import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import asyncpg
@@ -94,6 +94,15 @@ async def shop(postgres_url: str, tmp_path: Path) -> AsyncIterator[Shop]:
         yield Shop(postgres_url, outbox)
 
 
+@pytest.fixture
+async def any_shop(
+    postgres_url: str, open_store: Callable[[], AbstractAsyncContextManager[Outbox]]
+) -> AsyncIterator[Shop]:
+    """The same on each kind of outbox."""
+    async with open_store() as outbox:
+        yield Shop(postgres_url, outbox)
+
+
 @asynccontextmanager
 async def reading(*readers: Reader) -> AsyncIterator[None]:
     async with asyncio.TaskGroup() as tasks:
@@ -124,21 +133,21 @@ async def kept_and_killed(shop: Shop, reader: Reader) -> None:
             raise ZeroDivisionError
 
 
-async def test_readers_share_the_rows_and_keep_each_keys_order(app, shop):
+async def test_readers_share_the_rows_and_keep_each_keys_order(app, any_shop):
     """One outbox, several relays: nothing twice, and of a key nothing before what was submitted earlier."""
     ids = {key: [] for key in (*"abcde", None)}
-    readers = [Reader(shop.source, shop) for _ in range(3)]
+    readers = [Reader(any_shop.source, any_shop) for _ in range(3)]
     async with reading(*readers):
         for number in range(300):
             key = list(ids)[number % 6]
             ids[key].append(await submit(app, key))
         await left(app)
-    kept = await shop.kept()
+    kept = await any_shop.kept()
     assert len(kept) == 300
     for key in "abcde":
         assert [id_ for id_, of in kept if of == key] == ids[key]
     assert {id_ for id_, of in kept if of is None} == set(ids[None])
-    assert shop.metrics.accepted == 300
+    assert any_shop.metrics.accepted == 300
 
 
 async def test_what_one_relay_has_in_hand_no_other_takes_and_nobody_passes_it(app, shop):
@@ -170,16 +179,16 @@ async def test_a_relay_that_hangs_with_rows_in_hand_loses_them(app, shop, monkey
     assert await shop.kept() == [(id_, None)]
 
 
-async def test_a_repeat_under_other_rules_is_done_with_and_not_refused(app, shop):
+async def test_a_repeat_under_other_rules_is_done_with_and_not_refused(app, any_shop):
     """Kept, killed before the deletion, and meanwhile the catalogue has lost the type: it was sent."""
     id_ = await submit(app)
-    reader = Reader(shop.source, shop)
-    await kept_and_killed(shop, reader)
-    shop.ingest.learn(Catalogue([EventType(type="other")]))
+    reader = Reader(any_shop.source, any_shop)
+    await kept_and_killed(any_shop, reader)
+    any_shop.ingest.learn(Catalogue([EventType(type="other")]))
     other = await submit(app)
     async with reading(reader):
         await left(app, 1)
-    assert [each for each, _ in await shop.kept()] == [id_]
+    assert [each for each, _ in await any_shop.kept()] == [id_]
     assert await app.fetchval("SELECT id FROM relay_submissions") == other
 
 
@@ -204,12 +213,12 @@ async def test_a_full_outbox_is_done_with_what_it_has_and_leaves_the_rest(app, s
     assert [each for each, _ in await shop.kept()] == [id_]
 
 
-async def test_what_may_come_a_second_time_is_not_forgotten(app, shop):
+async def test_what_may_come_a_second_time_is_not_forgotten(app, any_shop):
     """A source that is away may hold rows whose events are kept: they have to be recognised later."""
     id_ = await submit(app)
-    readers = Readers(shop, [shop.source])
-    await kept_and_killed(shop, Reader(shop.source, shop))
-    later = shop.clock.now_ms() + 10 * MARGIN_MS
+    readers = Readers(any_shop, [any_shop.source])
+    await kept_and_killed(any_shop, Reader(any_shop.source, any_shop))
+    later = any_shop.clock.now_ms() + 10 * MARGIN_MS
 
     class Later(SystemClock):
         def now_ms(self) -> int:
@@ -218,10 +227,10 @@ async def test_what_may_come_a_second_time_is_not_forgotten(app, shop):
     async def forgotten() -> bool:
         try:
             async with asyncio.timeout(0.3):
-                await forget(shop.outbox, Later(), lambda: 1.0, readers.settled_ms)
+                await forget(any_shop.outbox, Later(), lambda: 1.0, readers.settled_ms)
         except TimeoutError:
             pass
-        return await shop.outbox.story(id_) is None
+        return await any_shop.outbox.story(id_) is None
 
     assert not await forgotten()  # nobody has looked since the start
     async with asyncio.TaskGroup() as tasks:
@@ -329,3 +338,24 @@ async def test_of_transactions_that_overlap_one_carries_the_hint(app, postgres_u
             assert await app.fetchval(held) == 1
             assert await other.fetchval(held) == 0
     await other.close()
+
+
+async def test_the_outboxes_own_database_has_the_function_by_itself(postgres_url):
+    """In the schema that is the relay's: no migration is needed, and no relay refuses to start."""
+    async with open_outbox(Secret(postgres_url)) as outbox:
+        shop = Shop(postgres_url, outbox)
+        several = [Readers(shop, own=Secret(postgres_url)) for _ in range(3)]  # they start together
+        app = await asyncpg.connect(postgres_url)
+        async with asyncio.TaskGroup() as tasks:
+            for each in several:
+                await each.check([])
+                tasks.create_task(each.run())
+            ids = [await app.fetchval("SELECT relay.relay_submit('a', $1)", str(n)) for n in range(20)]
+            async with asyncio.timeout(10):
+                while len(await shop.kept()) < len(ids):
+                    await asyncio.sleep(0.02)
+            for each in several:
+                await each.stop()
+        assert [each.standings().keys() for each in several] == [{"outbox"}] * 3
+        assert {id_ for id_, _ in await shop.kept()} == set(ids)
+        await app.close()

@@ -411,3 +411,10 @@ async def test_exactly_the_committed_half_arrives_while_the_relay_is_killed(post
     assert found.wrong() == []
     assert found.kills > 0
     assert 0 < found.committed < found.transactions
+
+
+async def test_several_relays_on_one_outbox_take_what_is_submitted_there(postgres_url, tmp_path):
+    """The outbox's own database is a source by itself; order per key holds across relays and kills."""
+    found = await run(postgres_url, tmp_path, transactions=400, relays=2, seconds=2.0, seed=6, shared=True)
+    assert found.wrong() == []
+    assert 0 < found.committed < found.transactions

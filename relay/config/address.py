@@ -86,6 +86,7 @@ def parse_database(text: str) -> Secret:
     try:
         parts = urlsplit(text)
         cache = dict(parse_qsl(parts.query)).get("statement_cache_size", "0")
+        parts.port  # noqa: B018 - raises when it is none
     except ValueError:
         raise WrongValueError("is not an address") from None
     if parts.scheme not in {"postgresql", "postgres"} or parts.fragment:

@@ -1,17 +1,15 @@
-"""One [[sources]] table in, a `relay.model.Source` out; and how the address of a PostgreSQL is written."""
+"""All [[sources]] tables in, a `relay.model.Source` of each out."""
 
 import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
-from urllib.parse import urlsplit
 
 from relay.config.check import Report, WrongValueError, has_type, quoted, read_table
 from relay.config.lines import Place
-from relay.model import Secret, Source
+from relay.model import Source
 
 OWN = "outbox"  # what the outbox's own database is called
-_URL = re.compile(r"postgres(?:ql)?://[\x21-\x7e]*", re.ASCII)
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
@@ -34,18 +32,6 @@ def read_sources(raw: Any, kind: type, report: Report) -> tuple[Source, ...]:
         else:
             sources[source.id] = source
     return tuple(sources.values())
-
-
-def parse_database(text: str) -> Secret:
-    """Read "postgresql://user:password@host:port/database?options"; a mistake shows nothing of it."""
-    try:
-        parts = urlsplit(str(text)) if _URL.fullmatch(text) else None
-        usable = parts is not None and (parts.port is None or parts.port > 0)
-    except ValueError:  # of a port that is none
-        usable = False
-    if not usable:
-        raise WrongValueError('is not the address of a PostgreSQL, such as "postgresql://user@host/database"')
-    return Secret(str(text))
 
 
 def parse_schema(text: str) -> str:

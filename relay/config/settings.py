@@ -20,7 +20,7 @@ from relay.config.address import (
     parse_proxy,
 )
 from relay.config.check import ListOf, Report, Scalar, has_type
-from relay.config.database import parse_database, parse_schema
+from relay.config.database import parse_schema
 from relay.config.header import HeaderTable
 from relay.config.lines import Place
 from relay.config.quantity import duration_between, number_between, one_of, parse_rate, size_between
@@ -92,7 +92,6 @@ _SIGNATURES = ListOf(SignatureEntry(), "a list of schemes", at_least=1, distinct
 _FORMAT = _word(*formats.FORMATS)
 _ENDPOINT_ID = Scalar(str, "text", parse_endpoint_id)
 _EVENTS = ListOf(Scalar(str, "an event type", parse_subscription), "a list of event types", at_least=1)
-_DATABASE = Scalar(str, 'a PostgreSQL such as "postgresql://user@host/database"', parse_database)
 _SCHEMA = Scalar(str, "the name of a schema", parse_schema)
 _JSON = Scalar(object, "a value", parse_json)
 

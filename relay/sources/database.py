@@ -7,6 +7,7 @@ No statement is prepared by name, for poolers in transaction mode lose those.
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from relay.model import Source
 from relay.sources.rows import Row, Waiting
@@ -55,6 +56,10 @@ class AwayError(Exception):
 
 class UnfitError(Exception):
     """The source has not what reading it needs; the text is one sentence with the remedy."""
+
+
+class MissingError(UnfitError):
+    """There is no relay_submit."""
 
 
 class Database:
@@ -161,7 +166,7 @@ async def _connected(source: Source) -> AsyncIterator[Any]:
 
     with told(source):
         connection = await asyncpg.connect(
-            source.url.reveal(),
+            _address(source),
             timeout=CONNECT_SECONDS,
             command_timeout=STATEMENT_SECONDS,
             statement_cache_size=0,
@@ -173,6 +178,13 @@ async def _connected(source: Source) -> AsyncIterator[Any]:
         connection.terminate()  # to close in order would wait for a server that may be away
 
 
+def _address(source: Source) -> str:
+    """Return the address as the driver takes it; that no statement is prepared was said already."""
+    parts = urlsplit(source.url.reveal())
+    query = [(name, value) for name, value in parse_qsl(parts.query) if name != "statement_cache_size"]
+    return urlunsplit(parts._replace(query=urlencode(query)))
+
+
 @contextmanager
 def told(source: Source) -> Iterator[None]:
     """Turn what the driver raises into our own errors; it is an extra, so it is loaded where it is needed."""
@@ -181,7 +193,7 @@ def told(source: Source) -> Iterator[None]:
     try:
         yield
     except (asyncpg.UndefinedTableError, asyncpg.UndefinedFunctionError, asyncpg.InvalidSchemaNameError):
-        raise UnfitError(
+        raise MissingError(
             f"source {source.id}: there is no relay_submit in the schema {source.schema}: "
             f"run the SQL that `relay ops submit-sql` prints there"
         ) from None

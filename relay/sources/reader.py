@@ -16,7 +16,7 @@ from relay.ingest import Ingest, InvalidError
 from relay.metrics import Metrics
 from relay.model import Source, Submission
 from relay.outbox import ConflictError, FullError, Outbox, OutboxError
-from relay.sources.database import AwayError, Database, UnfitError, listening, opened
+from relay.sources.database import AwayError, Database, MissingError, UnfitError, listening, opened
 from relay.sources.rows import USED_BEFORE, Row, Waiting, draft, fitting, in_order, reason, too_large
 
 log = logging.getLogger("relay.sources")
@@ -227,6 +227,9 @@ async def check(source: Source, *, own: bool = False) -> None:
 
 async def prepare(database: Database, *, own: bool) -> None:
     """Make sure that what is read is there: in a database of our own it is made."""
-    if own:
+    try:
+        await database.check()
+    except MissingError:
+        if not own:
+            raise
         await database.install()
-    await database.check()

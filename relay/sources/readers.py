@@ -3,10 +3,11 @@
 import asyncio
 from collections.abc import Sequence
 
-from relay.model import Source
+from relay.model import Secret, Source
 from relay.sources.database import AwayError
 from relay.sources.reader import Reader, SourceStanding, Surroundings, check
 
+OWN, OWN_SCHEMA = "outbox", "relay"  # how the outbox's own database is called, and where its tables are
 CHECK_SECONDS = 2.0  # what a start or a reload waits for a source that does not answer
 STOP_SECONDS = 5.0
 # How long after a look another relay may still hold what it has accepted: longer than a database lets it.
@@ -14,13 +15,13 @@ MARGIN_MS = 300_000
 
 
 class Readers:
-    """Reads all sources; `own` among them is the outbox's own database."""
+    """Reads all sources; the outbox's own database is one, where it has one."""
 
     def __init__(
-        self, around: Surroundings, sources: Sequence[Source] = (), own: Source | None = None
+        self, around: Surroundings, sources: Sequence[Source] = (), *, own: Secret | None = None
     ) -> None:
         self._around = around
-        self._own = own
+        self._own = Source(id=OWN, url=own, schema=OWN_SCHEMA) if own is not None else None
         self._readers = {each.id: self._made(each) for each in self._with_own(sources)}
         self._tasks: asyncio.TaskGroup | None = None
         self._stop = asyncio.Event()
