@@ -8,9 +8,11 @@ import asyncio
 import json
 import subprocess
 import sys
+import textwrap
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
@@ -24,6 +26,7 @@ from tests.figures import figure
 from tests.process import RelayProcess, relay_process
 from tests.receiver import Answer, Receiver
 from tests.submit import run
+from tests.test_docs import block
 
 SECRET = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 Begun = Callable[..., AbstractContextManager[RelayProcess]]
@@ -119,6 +122,25 @@ async def test_a_commit_is_an_accepted_event_and_a_rollback_is_nothing(app, made
     )
     assert story[0] == 200
     assert len(receiver.requests) == 1
+
+
+async def test_the_readmes_examples_work_as_written(app, made, receiver, postgres_url):
+    """To the letter, in SQL and in Python."""
+    await app.execute("DROP TABLE posts; CREATE TABLE posts (id text PRIMARY KEY, state text)")
+    await app.execute("INSERT INTO posts VALUES ('post_abc123', 'draft'), ('post_2', 'draft')")
+    (sql,) = block("submitting in a transaction", "sql")
+    (python,) = block("submitting in a transaction", "python")
+    names: dict[str, Any] = {"json": json, "psycopg": psycopg, "Json": Json}
+    exec(  # noqa: S102 - it is ours
+        f"async def example(connection, url, post_id, account_id):\n{textwrap.indent(python, '    ')}", names
+    )
+    with made() as relay:
+        await asyncio.to_thread(relay.start)
+        await app.execute(sql)
+        await names["example"](app, postgres_url, "post_2", "acc_7f3k2m")
+        requests = await receiver.wait_for(3)
+    assert [json.loads(each.body)["data"]["postId"] for each in requests].count("post_2") == 2
+    assert await app.fetchval("SELECT count(*) FROM posts WHERE state = 'published'") == 2
 
 
 async def test_psycopg_submits_too_and_several_events_of_one_transaction_keep_their_order(
