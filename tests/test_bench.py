@@ -7,6 +7,7 @@ import hmac
 import importlib.util
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -40,7 +41,8 @@ def test_a_quick_benchmark_measures_every_figure():
     report = json.loads(bench("--quick", "--json").stdout)
     medians = {each["figure"]: each["median"] for each in report["figures"]}
     assert list(medians) == [figure.name for each in MEASUREMENTS for figure in each.figures]
-    assert not [name for name, median in medians.items() if median <= 0 and "idle CPU" not in name]
+    # Few events say little: a difference may come out below nothing, and who is idle may use nothing.
+    assert not [each for each in medians if medians[each] <= 0 and not re.search("idle CPU|above bare", each)]
     assert len(report["rounds"]) == len(MEASUREMENTS)
     assert report["machine"]["cores"] == os.cpu_count()
 
