@@ -44,6 +44,11 @@ class Postgres:
         """The address of its first database."""
         return f"postgresql://postgres@/postgres?host={self._folder}"
 
+    @property
+    def pid(self) -> int:
+        """The process that all others of it are children of."""
+        return int((self._folder / "data" / "postmaster.pid").read_text().split()[0])
+
     def make(self) -> None:
         self._call("initdb", "-A", "trust", "-U", "postgres", "--no-sync", "-E", "UTF8", "--locale=C")
         options = {"unix_socket_directories": str(self._folder), **self._settings}
@@ -64,9 +69,8 @@ class Postgres:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the postmaster and all that it started: SIGSTOP makes it hang."""
-        pid = int((self._folder / "data" / "postmaster.pid").read_text().split()[0])
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for each in (pid, *map(int, children)):
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        for each in (self.pid, *map(int, children)):
             with suppress(ProcessLookupError):  # a connection's process ends when it is over
                 os.kill(each, number)
 

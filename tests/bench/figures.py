@@ -4,10 +4,12 @@ Each measurement is one function: a stage in, one sample of each of its figures 
 once a round. A new row of the budgets is a function here and its entry in `MEASUREMENTS`.
 """
 
+from tests import postgres
 from tests.bench.budget import Figure, Measurement, Samples
 from tests.bench.burdens import BURDENS
 from tests.bench.disk import fsync_seconds
 from tests.bench.processes import started
+from tests.bench.relays import RELAYS
 from tests.bench.stage import Stage, System, python
 from tests.bench.tally import Tally
 from tests.bench.ways import WAYS, idle_percent
@@ -148,4 +150,6 @@ MEASUREMENTS = (
     ),
     *BURDENS,
     *WAYS,
+    # Where there is no server to be had, there is nothing to share.
+    *((RELAYS,) if postgres.binaries() is not None else ()),
 )

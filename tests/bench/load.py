@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
 from tests.bench.processes import new_loop, obey
 
@@ -186,13 +186,34 @@ def request(port: int | None, content: object, path: str = "/v1/events") -> byte
     return head.encode() + body
 
 
+def together(figures: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join what was posted to several systems at once: the whole took as long as the slowest."""
+    worst = {name: max(each[name] for each in figures) for name in ("cpu_seconds", "p50", "p99", "ended_at")}
+    return figures[0] | worst | {"started_at": min(each["started_at"] for each in figures)}
+
+
 async def serve() -> None:
     """Carry out orders; the connections to a system stay open from its first order on."""
     loads: dict[tuple[int | str, int], Load] = {}
 
     async def carry_out(order: str) -> dict[str, object]:
         wanted = json.loads(order)
-        to = wanted.pop("to"), wanted.pop("connections", CONNECTIONS)
+        to, connections, events = (
+            wanted.pop("to"),
+            wanted.pop("connections", CONNECTIONS),
+            wanted.pop("events"),
+        )
+        targets = to if isinstance(to, list) else [to]
+        async with asyncio.TaskGroup() as tasks:
+            runs = [
+                tasks.create_task(
+                    run((each, connections // len(targets)), events=events // len(targets), **wanted)
+                )
+                for each in targets
+            ]
+        return together([each.result() for each in runs])
+
+    async def run(to: tuple[int | str, int], **wanted: Any) -> dict[str, Any]:
         if to not in loads or loads[to].broken:
             loads[to] = Load(*to)
             await loads[to].connect()

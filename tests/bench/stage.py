@@ -27,9 +27,6 @@ CONFIG = """
 listen = "{listen}"
 {loop}
 
-[outbox]
-path = "{folder}/relay.db"
-
 [egress]
 allow_private = ["127.0.0.0/8", "::1/128"]
 
@@ -66,7 +63,9 @@ class System:
     """A relay or a bare handler that has said it is ready."""
 
     running: Running
-    to: int | str  # a port of loopback, or the path of a unix socket
+    to: (
+        int | str | list[int | str]
+    )  # a port of loopback, or the path of a unix socket; several of them at once
     ready_seconds: float  # from the start of its process
 
 
@@ -92,11 +91,12 @@ class Stage:
         more: str = "",
         unix: bool = False,
         loop: str | None = None,
+        outbox: str | None = None,
     ) -> AsyncIterator[System]:
         """Start what sits in this seat, wait until it is ready, and end it with the block.
 
         A relay has an endpoint for each path of the receiver's, and whatever `more` says in its config. It
-        listens on a port, or on a `unix` socket in its folder.
+        listens on a port, or on a `unix` socket in its folder. Its `outbox` is a file there, or at this URL.
         """
         folder = self.new_folder(seat)
         if prepare is not None:
@@ -108,7 +108,9 @@ class Stage:
         else:
             to = str(folder / "socket") if unix else to
             more = "".join(map(self.endpoint, paths)) + more
-            command = self._relay(folder, f"unix:{to}" if unix else f"127.0.0.1:{to}", loop, more)
+            listen = f"unix:{to}" if unix else f"127.0.0.1:{to}"
+            kept = f'path = "{folder}/relay.db"' if outbox is None else f'url = "{outbox}"'
+            command = self._relay(folder, listen, loop, f"[outbox]\n{kept}\n{more}")
         trust = {"SSL_CERT_FILE": str(self.folder / "ca.pem")}
         began = time.monotonic()
         async with started(
