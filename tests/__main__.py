@@ -39,7 +39,7 @@ def types() -> None:
 def tests() -> None:
     run(BIN / "coverage", "erase")
     # More than there are cores: most tests wait for processes and sockets most of the time.
-    workers = ("--numprocesses", str(1 + (os.cpu_count() or 1)), "--dist", "worksteal")
+    workers = ("--numprocesses", str(2 + (os.cpu_count() or 1)), "--dist", "worksteal")
     run(BIN / "pytest", *workers, "--cov", "--cov-report=term", "--cov-fail-under=90")
 
 

@@ -81,6 +81,16 @@ async def outbox(
         yield opened
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread the long tests evenly: each worker begins with a stretch of the list, none may end with them."""
+    long = [item for item in items if item.get_closest_marker("long")]
+    if len(long) < 2:
+        return
+    items[:] = [item for item in items if not item.get_closest_marker("long")]
+    for number, item in enumerate(long):
+        items.insert(number * (len(items) + 1) // len(long), item)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Fail what skips where everything that tests may want has been installed."""

@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.skipif(
     importlib.util.find_spec("relay.__main__") is None, reason="there is no relay to start yet"
 )
+@pytest.mark.long
 def test_a_quick_benchmark_measures_every_figure():
     """A benchmark that nobody runs for weeks must still run when a budget is in doubt."""
     report = json.loads(bench("--quick", "--json").stdout)
@@ -47,6 +48,7 @@ def test_a_quick_benchmark_measures_every_figure():
     assert report["machine"]["cores"] == os.cpu_count()
 
 
+@pytest.mark.long
 def test_quick_curves_have_every_point_and_can_be_drawn_and_tabulated(tmp_path: Path):
     """Curves are drawn once in a release, which is too late to find out that they cannot be."""
     picture, stored = tmp_path / "curves.svg", tmp_path / "curves.json"

@@ -28,6 +28,7 @@ async def zygote() -> AsyncIterator[Zygote]:
         yield started
 
 
+@pytest.mark.long
 async def test_the_checker_finds_every_planted_fault_and_nothing_else(tmp_path, zygote):
     """A checker that cannot fail proves nothing."""
     assert set(FOUND) == set(PLANTS)
@@ -78,6 +79,7 @@ async def test_the_same_power_cuts_take_events_when_commits_are_not_synced(tmp_p
     figure('power cuts with durability = "normal": deliveries lost', f"{lost} in {result.trials}")
 
 
+@pytest.mark.long
 @needs_compiler
 async def test_an_end_after_any_storage_call_loses_nothing(tmp_path, zygote):
     """In turn by kill -9 and by a power cut; the command does both at each."""
@@ -95,6 +97,7 @@ async def test_a_migration_that_is_killed_is_completed_by_the_next_start(tmp_pat
     healthy(result, f"storage calls of a start on schema {version}, a kill after each")
 
 
+@pytest.mark.long
 @needs_compiler
 async def test_an_error_at_any_storage_call_loses_nothing_and_ends_in_order(tmp_path, zygote):
     result = await runs.disk_errors(tmp_path, zygote, seed=13, faults=runs.FAULTS)

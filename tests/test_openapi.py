@@ -125,6 +125,7 @@ def test_ndjson_is_taken_as_the_document_shows_it(tmp_path, document):
     assert [receipt["event"] for receipt in answer["events"]] == ["post.published", "post.failed"]
 
 
+@pytest.mark.long
 async def test_a_relay_without_tokens_answers_nothing_that_is_not_described(tmp_path, document, receiver):
     """A client made from the document meets nothing it cannot read, whatever it sends."""
     with relay_process(tmp_path, endpoints(receiver)) as relay:
@@ -132,6 +133,7 @@ async def test_a_relay_without_tokens_answers_nothing_that_is_not_described(tmp_
     assert receiver.requests, "events went out meanwhile"
 
 
+@pytest.mark.long
 async def test_a_relay_with_tokens_answers_nothing_that_is_not_described(tmp_path, document, receiver):
     """The same with a token, with a catalogue, and for those who have no token."""
     with guarded(tmp_path, endpoints(receiver) + CATALOGUE) as relay:

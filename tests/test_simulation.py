@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.simulation.faults import FAULTS
 
 # A little less than a minute, so that the last world ends in time.
@@ -24,6 +26,7 @@ def simulate(*arguments: str, seconds: float) -> subprocess.CompletedProcess[str
     return ran
 
 
+@pytest.mark.long
 def test_every_promise_is_kept_in_as_many_worlds_as_fit_in_a_minute():
     """A seed that breaks one is printed, and happens in the same way again."""
     ran = simulate("--seconds", str(SECONDS), "--jobs", "1", seconds=240)
@@ -31,6 +34,7 @@ def test_every_promise_is_kept_in_as_many_worlds_as_fit_in_a_minute():
     assert "every promise was kept" in ran.stdout
 
 
+@pytest.mark.long
 def test_every_fourth_planted_fault_is_found():
     """A judge that never condemns proves nothing: each breaks a promise in one of the first worlds.
 
