@@ -226,6 +226,7 @@ class Ingest:
             digest=formats.digest(event),
             idempotency_key=draft.idempotency_key,
             fingerprint=fingerprint,
+            known_by_id=draft.id is not None,
         )
 
 

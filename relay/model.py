@@ -106,6 +106,7 @@ class Submission:
     digest: bytes  # SHA-256 of what is stored, checked again before each send
     idempotency_key: str | None = None
     fingerprint: bytes | None = None  # SHA-256 of the content as sent; tells a repeat from a conflict
+    known_by_id: bool = False  # the event came with its id: where that is kept already, this is a repeat
 
 
 @immutable

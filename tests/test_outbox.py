@@ -53,6 +53,23 @@ def again(due_ms: int) -> Verdict:
     return Verdict(state=State.PENDING, steps=1, due_ms=due_ms)
 
 
+async def test_an_event_that_is_known_by_its_id_is_kept_once(outbox):
+    """It came with its id, from a row that may come again: whatever stands beside it then is no conflict."""
+    first = replace(submission("a", "main", "other"), known_by_id=True)
+    again = replace(submission("a", key="k", content="2"), known_by_id=True)
+    (receipt,) = await outbox.accept([first])
+    repeats = await outbox.accept([again, again, replace(submission("b"), known_by_id=True)])
+    assert not receipt.duplicate
+    assert [each.duplicate for each in repeats] == [True, True, False]
+    assert repeats[0].endpoints == receipt.endpoints == ("main", "other")
+    twice = replace(submission("c", key="c"), known_by_id=True)
+    receipts = await outbox.accept([twice, replace(twice, idempotency_key="d")])
+    assert [each.duplicate for each in receipts] == [False, True]
+    assert (await outbox.accept([submission("e", key="k")]))[
+        0
+    ].id == "evt_e"  # the repeat's key was not taken
+
+
 async def test_what_was_accepted_is_claimed_in_order_and_whole(outbox):
     await outbox.accept([submission("a"), submission("b", data=b'{"text":"\xc3\xa9"}')])
     await outbox.accept([submission("c")])

@@ -53,8 +53,8 @@ def row(**changes: object) -> Row:
     return plain._replace(**changes)
 
 
-def test_a_row_is_known_again_by_its_id_or_by_the_key_it_came_with():
-    assert draft(row()).idempotency_key == f"row evt_{'0' * 32}"  # the space: no client can send it
+def test_a_row_becomes_a_draft_that_keeps_its_id():
+    assert draft(row()).id == f"evt_{'0' * 32}"
     assert draft(row(idempotency_key="mine")).idempotency_key == "mine"
     for changes in ({"id": "evt_forged"}, {"idempotency_key": "a b"}, {"data": "nonsense"}):
         with pytest.raises(InvalidError):
@@ -359,3 +359,23 @@ async def test_the_outboxes_own_database_has_the_function_by_itself(postgres_url
         assert [each.standings().keys() for each in several] == [{"outbox"}] * 3
         assert {id_ for id_, _ in await shop.kept()} == set(ids)
         await app.close()
+
+
+async def test_a_row_that_was_kept_before_is_a_repeat_whatever_became_of_it(app, any_shop):
+    """Kept, killed, and then edited or copied by somebody: an id is one event, and no relay falls over it."""
+    ids = [await submit(app) for _ in range(3)]
+    await app.execute("UPDATE relay_submissions SET idempotency_key = 'first' WHERE id = $1", ids[0])
+    await kept_and_killed(any_shop, Reader(any_shop.source, any_shop))
+    await app.execute("UPDATE relay_submissions SET idempotency_key = 'second' WHERE id = $1", ids[0])
+    await app.execute(
+        "UPDATE relay_submissions SET idempotency_key = 'third', event = 'b' WHERE id = $1", ids[1]
+    )
+    copied = await submit(app)
+    await app.execute("""
+        INSERT INTO relay_submissions (id, event, data, idempotency_key, submitted_at)
+        SELECT id, event, data, 'fourth', now() FROM relay_submissions""")
+    async with reading(Reader(any_shop.source, any_shop)):
+        await left(app)
+    assert {id_ for id_, _ in await any_shop.kept()} == {*ids, copied}
+    assert any_shop.metrics.accepted == 1
+    assert any_shop.metrics.duplicates == 7

@@ -13,7 +13,8 @@ What every store promises:
   is accepted whole or not at all. When it raises anything but a conflict or `FullError`, it is unknown
   whether the events are kept.
 - The same idempotency key gives the first receipt again, marked as a duplicate, and makes nothing new,
-  also when both are submitted at the same moment; a different fingerprint under it is a conflict.
+  also when both are submitted at the same moment; a different fingerprint under it is a conflict. So does
+  the id of an event that is `known_by_id`, whatever else is submitted with it.
 - A delivery is claimed by one lane at a time and is never claimed again before it was recorded or
   released. After a crash all that was claimed and not recorded is simply due again.
 - `claim` answers in order of due time, then of acceptance, and never more than asked for. Its cost does

@@ -11,10 +11,14 @@ Known = tuple[bytes | None, Receipt]
 
 
 class Keys:
-    """The idempotency keys in use: kept (`look` tells), taken in this transaction, or by this batch."""
+    """The idempotency keys in use: kept (`look` tells), taken in this transaction, or by this batch.
 
-    def __init__(self, look: Callable[[str], Known | None]) -> None:
+    The ids that events came with are told apart from keys by a space, and looked up by `look_id`.
+    """
+
+    def __init__(self, look: Callable[[str], Known | None], look_id: Callable[[str], Known | None]) -> None:
         self._look = look
+        self._look_id = look_id
         self._taken: dict[str, Known] = {}
         self._mine: dict[str, Known] = {}
 
@@ -22,8 +26,17 @@ class Keys:
         """Return fingerprint and receipt of the event that was submitted under this key."""
         return self._mine.get(key) or self._taken.get(key) or self._look(key)
 
-    def use(self, key: str, submission: Submission) -> None:
-        self._mine[key] = (submission.fingerprint, _receipt(submission, duplicate=True))
+    def known_id(self, id_: str) -> Known | None:
+        """Return the same of the event that has this id."""
+        name = f"id {id_}"
+        return self._mine.get(name) or self._taken.get(name) or self._look_id(id_)
+
+    def use(self, submission: Submission) -> None:
+        known = (submission.fingerprint, _receipt(submission, duplicate=True))
+        if submission.idempotency_key is not None:
+            self._mine[submission.idempotency_key] = known
+        if submission.known_by_id:
+            self._mine[f"id {submission.event.id}"] = known
 
     def settle(self, *, kept: bool) -> None:
         """End the batch at hand: what it used is taken if the batch is kept, else free again."""
@@ -53,11 +66,13 @@ def accept_all(submissions: Sequence[Submission], keys: Keys, new: list[Submissi
     for index, submission in enumerate(submissions):
         key = submission.idempotency_key
         known = keys.known(key) if key is not None else None
-        if known is None:
+        repeat = keys.known_id(submission.event.id) if submission.known_by_id else None
+        if repeat is not None:
+            receipts.append(repeat[1])
+        elif known is None:
             receipts.append(_receipt(submission, duplicate=False))
             kept.append(submission)
-            if key is not None:
-                keys.use(key, submission)
+            keys.use(submission)
         elif known[0] == submission.fingerprint:
             receipts.append(known[1])
         else:

@@ -126,13 +126,22 @@ def _accept(
     db: sqlite3.Connection, accepts: Sequence[Sequence[Submission]], numbers: dict[str, int], last_seq: int
 ) -> Written:
     written = Written(last_seq=last_seq)
-    written.accepted, new = accepting.decide(accepts, Keys(partial(_known, db)), numbers)
+    written.accepted, new = accepting.decide(
+        accepts, Keys(partial(_known, db), partial(_known_id, db)), numbers
+    )
     _insert(db, new, numbers, written)
     return written
 
 
 def _known(db: sqlite3.Connection, key: str) -> Known | None:
-    row = statements.known_key(db, key)
+    return _as_known(db, statements.known_key(db, key))
+
+
+def _known_id(db: sqlite3.Connection, id_: str) -> Known | None:
+    return _as_known(db, statements.known_id(db, id_))
+
+
+def _as_known(db: sqlite3.Connection, row: statements.KnownRow | None) -> Known | None:
     if row is None:
         return None
     seq, id_, type_, timestamp, fingerprint = row

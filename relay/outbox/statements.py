@@ -75,10 +75,21 @@ def insert_attempts(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
     )
 
 
-def known_key(db: sqlite3.Connection, key: str) -> tuple[int, str, str, str, bytes] | None:
-    """Return seq, id, type, timestamp and fingerprint of the event submitted under this key."""
-    row: tuple[int, str, str, str, bytes] | None = db.execute(
+KnownRow = tuple[int, str, str, str, bytes | None]  # seq, id, type, timestamp and fingerprint
+
+
+def known_key(db: sqlite3.Connection, key: str) -> KnownRow | None:
+    """Return what is to be known of the event submitted under this key."""
+    row: KnownRow | None = db.execute(
         "SELECT seq, id, type, timestamp, fingerprint FROM events WHERE idempotency_key = ?", (key,)
+    ).fetchone()
+    return row
+
+
+def known_id(db: sqlite3.Connection, id_: str) -> KnownRow | None:
+    """Return the same of the event of this id."""
+    row: KnownRow | None = db.execute(
+        "SELECT seq, id, type, timestamp, fingerprint FROM events WHERE id = ?", (id_,)
     ).fetchone()
     return row
 

@@ -73,24 +73,17 @@ def draft(row: Row) -> Draft:
         data = canonical.parse(row.data.encode())
     except canonical.NotJSON as error:
         raise InvalidError([("#/data", str(error))]) from None
+    if row.idempotency_key is not None and (wrong := ingest.wrong_idempotency_key(row.idempotency_key)):
+        raise InvalidError([("#/idempotency_key", wrong)])
     given = {"timestamp": row.timestamp, "key": row.key, "to": row.to}
     members = {name: value for name, value in given.items() if value is not None}
     return Draft(
         value={"event": row.event, "data": data, **members},
-        idempotency_key=_idempotency_key(row),
+        idempotency_key=row.idempotency_key,
         trace=ingest.trace(row.traceparent, row.tracestate),
         id=row.id,
         at_ms=row.submitted_at_ms,
     )
-
-
-def _idempotency_key(row: Row) -> str:
-    """Return the key that tells a repeat of this row; the space keeps it apart from clients' own."""
-    if row.idempotency_key is None:
-        return f"row {row.id}"
-    if wrong := ingest.wrong_idempotency_key(row.idempotency_key):
-        raise InvalidError([("#/idempotency_key", wrong)])
-    return row.idempotency_key
 
 
 def too_large(size: int, limit: int) -> str:

@@ -37,6 +37,8 @@ KNOWN = """
         JOIN relay.endpoints p ON p.number = d.endpoint WHERE d.event = e.seq
     ) FROM relay.events e WHERE e.idempotency_key = ANY ($1::text[])"""
 
+KNOWN_IDS = KNOWN.replace("e.idempotency_key = ANY", "e.id = ANY")
+
 PENDING_KEYS = """
     SELECT t.endpoint, t.key FROM unnest($1::int[], $2::text[]) AS t (endpoint, key)
     WHERE EXISTS (

@@ -228,20 +228,33 @@ async def _accept(link: Connection, batch: Batch, counted: set[Handle], written:
     """Decide on what was submitted and on the news of what counts; return what is new."""
     told = [record.news if record.delivery.handle in counted else () for record in batch.records]
     accepts = [*batch.accepts, *told]
-    known: dict[str, Known] = {}
-    asked = [each.idempotency_key for some in accepts for each in some if each.idempotency_key is not None]
-    if asked:
-        for key, fingerprint, id_, type_, timestamp, endpoints in await link.fetch(statements.KNOWN, asked):
-            receipt = Receipt(
-                id=id_, type=type_, timestamp=timestamp, endpoints=tuple(endpoints), duplicate=True
-            )
-            known[key] = (fingerprint, receipt)
-    accepted, new = accepting.decide(accepts, Keys(known.get), written.numbers)
+    every = [each for some in accepts for each in some]
+    asked = [each.idempotency_key for each in every if each.idempotency_key is not None]
+    known = {key: of for key, of in await _known(link, statements.KNOWN, asked) if key is not None}
+    asked = [each.event.id for each in every if each.known_by_id]
+    known_ids = {of[1].id: of for _, of in await _known(link, statements.KNOWN_IDS, asked)}
+    accepted, new = accepting.decide(accepts, Keys(known.get, known_ids.get), written.numbers)
     written.accepted = accepted[: len(batch.accepts)]
     for record, receipts in zip(batch.records, accepted[len(batch.accepts) :], strict=True):
         counts = record.delivery.handle in counted and isinstance(receipts, list)
         written.told.append(receipts if counts else None)  # type: ignore[arg-type]
     return new
+
+
+async def _known(link: Connection, statement: str, asked: list[str]) -> list[tuple[str | None, Known]]:
+    """Return what is kept of what was asked for: its idempotency key, fingerprint and receipt."""
+    if not asked:
+        return []
+    return [
+        (
+            key,
+            (
+                fingerprint,
+                Receipt(id=id_, type=type_, timestamp=timestamp, endpoints=tuple(endpoints), duplicate=True),
+            ),
+        )
+        for key, fingerprint, id_, type_, timestamp, endpoints in await link.fetch(statement, asked)
+    ]
 
 
 async def _insert(
