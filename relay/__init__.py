@@ -9,9 +9,10 @@ An application posts an event on localhost.
     ingest.py     makes it an event, with one delivery for each endpoint that wants it
     catalogue.py  knows the types of events, their samples and schemas
     subscription.py  knows which endpoints want a type
-    outbox/       keeps both on disk before the 202, and everything that follows
+    outbox/       keeps both, in a file or in PostgreSQL, before the 202, and everything that follows
     delivery.py   a lane for each endpoint,
     lane.py       which takes what is due, as fast as it may
+    surroundings.py  and what all lanes share
     pace.py       says how many at once, and how many a second
     formats.py    the body it is sent with
     signing.py    the headers that prove where it comes from
@@ -34,10 +35,12 @@ Around that:
     listening.py  where requests are taken: sockets, and who serves them
     config/       a TOML file in, frozen objects out
     endpoints.py  the endpoints there are, and how those of the API change
+    registered.py  one of them, as it is registered
     reload.py     reads the config again while everything goes on
     alike.py      tells whether two readings of an endpoint are the same
     reach.py      connects to an endpoint and sends nothing: `relay check --connect`
     rehearsal.py  a sample sent now and kept nowhere: the test event
+    stopping.py   takes the signals to stop
     systemd.py    tells the service manager how the relay stands
     clock.py      what time it is, and waiting for a time
     logs.py       the relay's own log

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 from relay.lane import Lane
 from relay.model import Endpoint, Health
+from relay.outbox.sharing import Share
 
 UNKNOWN = Health()
 
@@ -15,6 +16,7 @@ class Lanes:
     def __init__(self, make: Callable[[Endpoint, Health], Lane]) -> None:
         self._make = make
         self._lanes: dict[str, Lane] = {}
+        self._shares: dict[str, Share] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._stop = asyncio.Event()
         self.stopped = asyncio.Event()
@@ -34,6 +36,7 @@ class Lanes:
         lane = self._lanes.get(endpoint.id)
         if lane is None:
             lane = self._lanes[endpoint.id] = self._make(endpoint, health)
+            lane.share(self._shares.get(endpoint.id, Share()))
             if self._stop.is_set():
                 lane.ended.set()  # it never begins
             elif self._tasks is not None:
@@ -51,6 +54,17 @@ class Lanes:
             lane.stop(0)
             await lane.ended.wait()
         return lane.health
+
+    def stood(self, endpoint: str, health: Health) -> None:
+        """Tell a lane how its endpoint stands, as another relay found it."""
+        if endpoint in self._lanes:
+            self._lanes[endpoint].stood(health)
+
+    def share(self, endpoint: str, share: Share) -> None:
+        """Tell a lane which part of its endpoint's pace is ours."""
+        self._shares[endpoint] = share
+        if endpoint in self._lanes:
+            self._lanes[endpoint].share(share)
 
     def set_right(self) -> None:
         """Tell all lanes that the clock was set."""

@@ -8,19 +8,20 @@ One change at a time; what it would break is said before anything is written. A 
 import asyncio
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import orjson
 
 from relay import egress
-from relay.alike import alike, compared
+from relay.alike import compared
 from relay.clock import Clock
 from relay.config import DeliverySettings, SettingsError, read_api_endpoint
 from relay.health import set_right, was_at_rest
 from relay.model import Endpoint, Health
 from relay.outbox import KeptEndpoint, Outbox, UnavailableError
+from relay.registered import Changes, Registered, Settings, kept_of, refuse_internal, same, unless_same
 from relay.signing import PRIVATE_KEY, SHARED_KEY, secret_of
 from relay.subscription import Subscriptions
 
@@ -28,8 +29,7 @@ SECRET_BYTES = 32
 DEFAULT_OVERLAP_SECONDS = 24 * 3600.0
 MOST_SECRETS = 5  # live at once
 FULL_RETRY_MS = 10_000
-
-Settings = Mapping[str, Any]
+AWAY_RETRY_MS = 1_000
 
 UNKNOWN = Health()  # so is an endpoint that nothing was sent to yet
 
@@ -40,29 +40,6 @@ class ConflictError(Exception):
 
 class UnknownEndpointError(Exception):
     """There is no endpoint of this id."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Registered:
-    """An endpoint and what the relay was told of it."""
-
-    endpoint: Endpoint
-    paused: bool = False
-    settings: Settings | None = None  # as kept, with its secrets; None for the config's
-    overlap_until_ms: int | None = None  # when the older secret stops signing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Changes:
-    """What a new config changed, by the endpoints' ids."""
-
-    added: tuple[str, ...]
-    changed: tuple[str, ...]
-    removed: tuple[str, ...]
-    cancelled: Mapping[str, int]  # how many deliveries of those removed or set aside
-    aside: tuple[
-        str, ...
-    ]  # of the API, newly set aside because the config has their id or URL or forbids them
 
 
 class Lanes(Protocol):
@@ -100,6 +77,7 @@ class Endpoints:
         self._aside: dict[str, bytes] = {}
         self._one_at_a_time = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._elsewhere = asyncio.Event()
 
     async def open(self) -> tuple[dict[str, int], list[str]]:
         """Take up what the outbox keeps, and start delivering.
@@ -166,6 +144,41 @@ class Endpoints:
                 aside=tuple(id_ for id_ in aside if id_ not in aside_before),
             )
 
+    def changed_elsewhere(self) -> None:
+        """Take note that another relay on the same outbox has changed endpoints."""
+        self._elsewhere.set()
+
+    async def follow(self) -> None:
+        """Do as other relays do with endpoints; until cancelled."""
+        while True:
+            await self._elsewhere.wait()
+            self._elsewhere.clear()
+            try:
+                async with self._one_at_a_time:
+                    await self._catch_up()
+            except UnavailableError:
+                await self._clock.wait(asyncio.Event(), self._clock.now_ms() + AWAY_RETRY_MS)
+                self._elsewhere.set()
+
+    async def _catch_up(self) -> None:
+        """Take over what another relay has kept, changed or dropped, before something is done here."""
+        if await self._outbox.is_current():
+            return
+        kept = await self._outbox.endpoints()
+        healths = {each.id: each.health for each in kept}
+        before = self._registered
+        registered, self._aside = self._joined(kept)
+        self._registered = {id_: unless_same(each, before.get(id_)) for id_, each in registered.items()}
+        for id_ in before.keys() - registered.keys():
+            await self._lanes.drop(id_)
+        await self._outbox.follow(list(self._registered))
+        for id_, each in self._registered.items():
+            if each is not before.get(id_):
+                health = healths.get(id_, UNKNOWN)
+                await self._lanes.keep(each.endpoint, paused=each.paused, health=health)
+        self._change(self._subscriptions())
+        self._changed.set()
+
     async def _let_go(self, id_: str, paused: bool) -> int:  # noqa: FBT001
         """Bring no more to an endpoint that the config has no more, or that is set aside."""
         await self._lanes.drop(id_)
@@ -220,6 +233,7 @@ class Endpoints:
         Raises SettingsError, ConflictError.
         """
         async with self._one_at_a_time:
+            await self._catch_up()
             refuse_internal(values)
             id_ = values.get("id")
             same = self._of_url(values.get("url"))
@@ -246,6 +260,7 @@ class Endpoints:
         Raises SettingsError, ConflictError, UnknownEndpointError.
         """
         async with self._one_at_a_time:
+            await self._catch_up()
             refuse_internal(values)
             registered = self._own(id_)
             if values.get("id", id_) != id_:
@@ -258,6 +273,7 @@ class Endpoints:
     async def remove(self, id_: str) -> int:
         """Take an endpoint away; return how many of its deliveries were cancelled."""
         async with self._one_at_a_time:
+            await self._catch_up()
             registered = self._own(id_)
             del self._registered[id_]
             self._change(self._subscriptions())
@@ -273,6 +289,7 @@ class Endpoints:
     async def pause(self, id_: str, *, paused: bool) -> Registered:
         """Hold back an endpoint's deliveries, or let them go again; the config's too."""
         async with self._one_at_a_time:
+            await self._catch_up()
             registered = await self._take_effect(replace(self.get(id_), paused=paused))
             if not paused:
                 await self._lanes.resume(id_)
@@ -281,6 +298,7 @@ class Endpoints:
     async def rotate(self, id_: str, overlap_seconds: float) -> tuple[Registered, str]:
         """Give an endpoint a new secret; the older one goes on signing beside it for the overlap."""
         async with self._one_at_a_time:
+            await self._catch_up()
             registered = self._own(id_)
             live: list[str] = (registered.settings or {})["secrets"]
             # A private key is followed by a private key: the endpoint's schemes could use no other.
@@ -373,27 +391,3 @@ class Endpoints:
 
     def _subscriptions(self) -> Subscriptions:
         return Subscriptions(each.endpoint for each in self._registered.values())
-
-
-def kept_of(registered: Registered, aside: Mapping[str, bytes]) -> KeptEndpoint:
-    """Return what is kept of an endpoint; what the config has put aside comes back when it lets go of it."""
-    id_, settings = registered.endpoint.id, registered.settings
-    kept = orjson.dumps(settings) if settings is not None else aside.get(id_)
-    return KeptEndpoint(id=id_, settings=kept, paused=registered.paused)
-
-
-def unless_same(registered: Registered, before: Registered | None) -> Registered:
-    """Return an endpoint as it was read before, if nothing about it has changed."""
-    return before if before is not None and same(registered, before) else registered
-
-
-def same(one: Registered, other: Registered) -> bool:
-    """Tell whether two readings of an endpoint are the same in everything, its secrets included."""
-    return replace(one, endpoint=other.endpoint) == other and alike(one.endpoint, other.endpoint)
-
-
-def refuse_internal(values: Settings) -> None:
-    """Refuse what is kept with the settings and is nobody's to set. Raises SettingsError."""
-    problems = [(f"#/{name}", "unknown key") for name in ("secrets", "overlap_until_ms") if name in values]
-    if problems:
-        raise SettingsError(tuple(problems))

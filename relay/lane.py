@@ -9,22 +9,18 @@ outbox's.
 import asyncio
 import logging
 import math
-import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Sequence
 
 from relay import formats
 from relay import health as rules
-from relay.clock import JUMP_MS, Clock, ahead_ms
-from relay.metrics import Metrics
-from relay.model import Attempt, Delivery, Endpoint, Health, Message, Outcome, Standing, State, Verdict
-from relay.outbox import Expired, Outbox, UnavailableError
+from relay.clock import JUMP_MS, ahead_ms
+from relay.model import Attempt, Delivery, Endpoint, Health, Outcome, Standing, State, Verdict
+from relay.outbox import Expired, UnavailableError
+from relay.outbox.sharing import Share
 from relay.pace import Bucket, Limit
-from relay.recent import Recent
-from relay.report import MakesNews, Reporter
+from relay.report import Reporter
 from relay.retry import JITTER, decide
-from relay.traces import Continued, Traces
+from relay.surroundings import Surroundings
 
 log = logging.getLogger("relay.delivery")
 
@@ -34,32 +30,6 @@ CLAIMED_PER_SLOT = 4
 UNSPENT_REST_MS = 5_000  # after an attempt that could not be made
 EXPIRY_REST_MS = 1_000  # at least, between two looks at what waits too long
 OWN_REASONS = frozenset({"body_digest", "internal_error"})  # not the receiver's doing
-
-
-class Sends(Protocol):
-    """What a lane needs of the sender."""
-
-    async def send(self, endpoint: Endpoint, message: Message) -> Outcome: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """What all lanes share.
-
-    `connections` are as many attempts at once as there are file descriptors for, so that running out of them
-    is nobody's failed attempt. `spread` places a retry within its jitter.
-    """
-
-    outbox: Outbox
-    sender: Sends
-    clock: Clock
-    connections: asyncio.Semaphore
-    make_news: MakesNews
-    wake: Callable[[Iterable[str]], None]
-    spread: Callable[[], float] = random.random
-    metrics: Metrics = field(default_factory=Metrics)
-    traces: Traces = field(default_factory=Continued)
-    recent: Recent = field(default_factory=Recent)
 
 
 class Lane:
@@ -88,6 +58,7 @@ class Lane:
         self._drain: asyncio.Timeout | None = None
         self._stop_at: float | None = None
         self._paused = False
+        self._share = Share()
         self._keep_pace()
 
     # What others tell it
@@ -102,6 +73,20 @@ class Lane:
         self._keep_pace()
         self._expiry_ms = 0
         self._wake.set()
+
+    def share(self, share: Share) -> None:
+        """Go on with this part of the endpoint's pace; other relays have the rest."""
+        if share != self._share:
+            self._share = share
+            self._keep_pace()
+            self._wake.set()
+
+    def stood(self, health: Health) -> None:
+        """Take over how the endpoint stands, as another relay found it."""
+        if health != self.health:
+            if self.health.standing is Standing.DOWN and health.standing is Standing.UP:
+                self._limit.start_over()
+            self._stands(health)
 
     async def resume(self) -> None:
         """Think of the endpoint as if it had never failed; what waits begins to age now."""
@@ -152,8 +137,8 @@ class Lane:
         return self._stop_at is not None
 
     def _keep_pace(self) -> None:
-        self._limit.cap(self.endpoint.concurrency)
-        rate = self.endpoint.rate
+        self._limit.cap(self._share.of(self.endpoint.concurrency))
+        rate = self.endpoint.rate / self._share.relays if self.endpoint.rate is not None else None
         if rate is None:
             self._bucket = None
         elif self._bucket is None or self._bucket.rate != rate:
@@ -180,7 +165,7 @@ class Lane:
             return None
         opens_ms = max(self.health.not_before_ms, self._rest_until_ms)
         if self.health.standing is Standing.DOWN:
-            if self._probing:
+            if self._probing or self._share.place > 0:  # one relay probes for all
                 return None
             opens_ms = max(opens_ms, self.health.probe_at_ms)
         elif self._limit.slots <= self.sending:
@@ -219,8 +204,13 @@ class Lane:
     async def _hand_back(self, deliveries: Sequence[Delivery]) -> None:
         await self._outbox.release(deliveries)
         for delivery in deliveries:
-            del self._claimed[delivery.handle]
+            self._forget(delivery)
         self._wake.set()
+
+    def _forget(self, delivery: Delivery) -> None:
+        # What was handed back, or recorded late, on a slow or full disk, may be claimed again by now.
+        if self._claimed.get(delivery.handle) is delivery:
+            del self._claimed[delivery.handle]
 
     async def _pause(self) -> None:
         """Sleep until woken or until something can be done."""
@@ -267,9 +257,7 @@ class Lane:
             answer=outcome.answer,
         )
         await self._settle(delivery, attempt, outcome, probe=probe)
-        # What was recorded late, on a slow or full disk, may be due and claimed again by now.
-        if self._claimed.get(delivery.handle) is delivery:
-            del self._claimed[delivery.handle]
+        self._forget(delivery)
         self._wake.set()  # there may be a new due time to sleep for
 
     def _may_begin(self, now_ms: int, *, probe: bool) -> bool:

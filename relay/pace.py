@@ -35,7 +35,7 @@ class Limit:
 
     @property
     def slots(self) -> int:
-        return int(self._limit)
+        return min(int(self._limit), self._ceiling)
 
     def cap(self, ceiling: int) -> None:
         """Go on under another ceiling; at the old one the limit follows it up."""

@@ -39,6 +39,7 @@ FIXED = (
     "outbox.durability",
     "outbox.max_size",
     "outbox.max_pending",
+    "outbox.listen_url",
     "outbox.heartbeat_seconds",
     "outbox.dead_after_seconds",
 )

@@ -9,7 +9,6 @@ import gc
 import logging
 import os
 import resource
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -25,7 +24,7 @@ from relay.config import Config, Server
 from relay.delivery import Lanes
 from relay.endpoints import Endpoints
 from relay.ingest import Ingest
-from relay.lane import Lane, Surroundings
+from relay.lane import Lane
 from relay.listening import ListenError, listening
 from relay.metrics import Metrics
 from relay.outbox import (
@@ -38,16 +37,18 @@ from relay.outbox import (
     NewerSchemaError,
     Outbox,
     OutboxError,
-    Sharing,
     open_outbox,
 )
 from relay.outbox.place import shown as shown_place
+from relay.outbox.sharing import Neighbours, Sharing
 from relay.reload import Reloader, hosts_of, tell_changes
 from relay.retention import forget
 from relay.sender import Sender, open_sender
 from relay.sources.database import UnfitError
 from relay.sources.readers import Readers
+from relay.stopping import Stop
 from relay.subscription import Subscriptions
+from relay.surroundings import Surroundings
 from relay.systemd import ServiceManager
 from relay.traces import Traces, open_traces
 
@@ -93,7 +94,9 @@ async def serve(config: Config, path: Path) -> None:
             synchronous=config.outbox.durability,
             bounds=Bounds(max_bytes=config.outbox.max_size, max_pending=config.outbox.max_pending),
             sharing=Sharing(
-                beat_seconds=config.outbox.heartbeat_seconds, dead_seconds=config.outbox.dead_after_seconds
+                beat_seconds=config.outbox.heartbeat_seconds,
+                dead_seconds=config.outbox.dead_after_seconds,
+                listen_url=config.outbox.listen_url,
             ),
             committed=metrics.committed,
         ) as outbox,
@@ -146,6 +149,7 @@ async def join(
         change=ingest.subscribe,
     )
     tell_changes(*await endpoints.open())
+    heed_neighbours(outbox, lanes, endpoints)
     state = State(
         outbox=outbox,
         ingest=ingest,
@@ -162,7 +166,16 @@ async def join(
     return state, lanes
 
 
-async def work(reloader: Reloader, lanes: Lanes, stop: "Stop") -> None:
+def heed_neighbours(outbox: Outbox, lanes: Lanes, endpoints: Endpoints) -> None:
+    """Let what other relays do be known where it matters."""
+    outbox.heed(
+        Neighbours(
+            woken=lanes.wake, stood=lanes.stood, shared=lanes.share, changed=endpoints.changed_elsewhere
+        )
+    )
+
+
+async def work(reloader: Reloader, lanes: Lanes, stop: Stop) -> None:
     """Take, keep and deliver until told to stop."""
     state, manager, sources = reloader.state, reloader.manager, reloader.sources
     await sources.check(reloader.config.sources)
@@ -174,6 +187,7 @@ async def work(reloader: Reloader, lanes: Lanes, stop: "Stop") -> None:
             tasks.create_task(reloader.at_hangups()),
             tasks.create_task(manager.watched()),
             tasks.create_task(state.endpoints.end_overlaps()),
+            tasks.create_task(state.endpoints.follow()),
             tasks.create_task(watch(state.clock, partial(clock_was_set, lanes))),
             tasks.create_task(watch_loop(state.metrics.loop_lag_seconds.observe)),
         ]
@@ -217,7 +231,7 @@ def clock_was_set(lanes: Lanes, by_ms: int) -> None:
     lanes.set_right()
 
 
-async def wind_down(server: Server, state: State, lanes: Lanes, stop: "Stop", sources: Readers) -> None:
+async def wind_down(server: Server, state: State, lanes: Lanes, stop: Stop, sources: Readers) -> None:
     """Stop as contract section 8 says: unready at once, submissions for `linger`, attempts for the grace."""
     log.info("stopping", extra={"grace_seconds": server.shutdown_grace_seconds})
     state.unready = "the relay is stopping"
@@ -227,37 +241,6 @@ async def wind_down(server: Server, state: State, lanes: Lanes, stop: "Stop", so
     stop.on_second(lambda: lanes.stop(0))
     await sources.stop()
     await lanes.stopped.wait()
-
-
-class Stop:
-    """SIGTERM or SIGINT: the first asks to stop in order, the second to stop now."""
-
-    def __init__(self) -> None:
-        self.asked = asyncio.Event()
-        self._asked_again = asyncio.Event()
-        self._now: Callable[[], None] = lambda: None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._ask)
-
-    def on_second(self, now: Callable[[], None]) -> None:
-        """Call `now` at the second signal, also when it has already come."""
-        self._now = now
-        if self._asked_again.is_set():
-            now()
-
-    async def asked_again_within(self, seconds: float) -> None:
-        """Return after this time, or at the second signal."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._asked_again.wait()
-        except TimeoutError:
-            pass
-
-    def _ask(self) -> None:
-        if self.asked.is_set():
-            self._asked_again.set()
-            self._now()
-        self.asked.set()
 
 
 def attempts_at_once() -> int:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 from relay.clock import Clock
 from relay.delivery import Lanes
-from relay.lane import Lane, Sends, Surroundings
+from relay.lane import Lane
 from relay.model import Endpoint, Message, Outcome
 from relay.outbox import Outbox
 from relay.report import MakesNews
+from relay.surroundings import Sends, Surroundings
 
 OK = Outcome(milliseconds=3, status=200, answer="ok")
 REFUSED = Outcome(milliseconds=3, status=503, reason="http_503", answer="busy")

@@ -1178,6 +1178,7 @@ def test_the_example_shows_the_defaults(load_text):
         "client_key_file",
         "proxy",
         "url",
+        "listen_url",
     )
     lines = EXAMPLE.read_text().splitlines()
     commented = [line for line in lines if not re.match(rf"# ({'|'.join(keep)}|listen|rate) = ", line)]

@@ -7,10 +7,11 @@ from aiohttp import web
 
 from relay.catalogue import Catalogue
 from relay.clock import Clock
-from relay.endpoints import Changes, Endpoints
+from relay.endpoints import Endpoints
 from relay.ingest import Ingest
 from relay.metrics import Metrics
 from relay.outbox import Outbox
+from relay.registered import Changes
 from relay.sender import Sender
 from relay.sources.reader import SourceStanding
 

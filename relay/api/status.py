@@ -12,11 +12,11 @@ from relay import __version__
 from relay.api.answers import answer
 from relay.api.state import State
 from relay.api.webhooks import SENTENCES, masked, state_of
-from relay.endpoints import Registered
 from relay.ingest import iso
 from relay.model import Standing
 from relay.outbox import Backlog, Past
 from relay.recent import MINUTE_MS, Failure, Minute
+from relay.registered import Registered
 from relay.sources.reader import SourceStanding
 
 NAMED = 3  # endpoints in trouble that the sentence names; the others it counts

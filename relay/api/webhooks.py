@@ -17,12 +17,12 @@ from relay.endpoints import (
     DEFAULT_OVERLAP_SECONDS,
     ConflictError,
     Endpoints,
-    Registered,
     UnknownEndpointError,
 )
 from relay.ingest import iso
 from relay.model import Endpoint, Outcome, Standing
 from relay.outbox import Backlog, Past
+from relay.registered import Registered
 from relay.rehearsal import rehearse
 
 LARGEST_SETTINGS = 64 << 10

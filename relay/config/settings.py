@@ -122,6 +122,7 @@ class OutboxSettings:
     retention_seconds: Annotated[float, _duration("1s", "3650d"), "retention"] = 7 * 86_400.0
     max_size: Annotated[int, _OUTBOX_SIZE] = 10 << 30
     max_pending: Annotated[int | None, _number(1, 1_000_000_000)] = None
+    listen_url: Annotated[Secret | None, _DATABASE] = None
     heartbeat_seconds: Annotated[float, _duration("50ms", "1m"), "heartbeat"] = 5.0
     dead_after_seconds: Annotated[float, _duration("200ms", "1h"), "dead_after"] = 20.0
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Protocol
 
 from relay.model import Attempt, Delivery, Event, Health, Receipt, Secret, State, Submission, Verdict
+from relay.outbox.sharing import Neighbours, Sharing
 
 Committed = Callable[[float, int], None]  # told how long a commit took, in seconds, and of how many changes
 
@@ -90,14 +91,6 @@ class Bounds:
 
     max_bytes: int | None = None
     max_pending: int | None = None  # deliveries
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sharing:
-    """How relays that share an outbox know of each other."""
-
-    beat_seconds: float = 5.0  # how often each says that it lives
-    dead_seconds: float = 20.0  # after which silence it is dead, and what it claimed is free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,6 +305,18 @@ class Outbox(Protocol):
         """
         ...
 
+    def heed(self, neighbours: Neighbours) -> None:
+        """Tell these from now on what other relays did, where several share the outbox."""
+        ...
+
+    async def follow(self, endpoints: Sequence[str]) -> None:
+        """Deliver to these, which are kept already, and to no others; nothing is cancelled."""
+        ...
+
+    async def is_current(self) -> bool:
+        """Tell whether no other relay has changed endpoints since this one read them."""
+        ...
+
     def trouble(self) -> str | None:
         """Say in a sentence why nothing can be kept at the moment, if that is so."""
         ...
@@ -348,7 +353,7 @@ async def open_outbox(
     *,
     synchronous: str = "full",
     bounds: Bounds = Bounds(),
-    sharing: Sharing = Sharing(),
+    sharing: Sharing | None = None,
     committed: Committed = lambda _seconds, _changes: None,
 ) -> AsyncIterator[Outbox]:
     """Open the outbox in a file or at a database's address, made new if there is none. Raises OutboxError.
@@ -362,7 +367,7 @@ async def open_outbox(
             if error.name != "asyncpg":
                 raise
             raise OutboxError("outbox.url needs the extra: pip install relay[postgres]") from None
-        shared = open_postgres(place, bounds=bounds, sharing=sharing, committed=committed)
+        shared = open_postgres(place, bounds=bounds, sharing=sharing or Sharing(), committed=committed)
         async with shared as outbox:
             yield outbox
         return

@@ -116,3 +116,8 @@ def _heads(db: sqlite3.Connection, handles: Sequence[Handle]) -> dict[tuple[int,
         if key is not None and (number, key) not in heads:
             heads[number, key] = order.oldest(db, number, key)
     return heads
+
+
+def spaced(first_ms: int, spacing_ms: float, before: int, index: int) -> int:
+    """Return when the next of so many is due, one `spacing_ms` after the other."""
+    return first_ms + round((before + index) * spacing_ms)

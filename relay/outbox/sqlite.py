@@ -40,6 +40,7 @@ from relay.outbox import (
 from relay.outbox.commit import Batch, Record, Written
 from relay.outbox.committer import Committer
 from relay.outbox.room import Room
+from relay.outbox.sharing import Neighbours
 from relay.outbox.waiting import START, Waiting
 
 log = logging.getLogger("relay.outbox")
@@ -221,6 +222,15 @@ class SqliteOutbox:
         waiting = self._waiting.get(endpoint)
         return waiting.next_due_ms if waiting is not None else None
 
+    def heed(self, neighbours: Neighbours) -> None:
+        """There are none: one process owns the file."""
+
+    async def follow(self, endpoints: Sequence[str]) -> None:
+        raise AssertionError("nobody else keeps endpoints")
+
+    async def is_current(self) -> bool:
+        return True
+
     async def count(self, ended: Ended) -> int:
         counted, after = 0, 0
         while True:
@@ -234,7 +244,7 @@ class SqliteOutbox:
         revived, after = 0, 0
         with self._rearranging(ended.endpoint):
             while True:
-                due_ms = partial(_spaced, now_ms, spacing_ms, revived)
+                due_ms = partial(revival.spaced, now_ms, spacing_ms, revived)
                 step = await self._change(partial(self._revive, ended, after, now_ms, due_ms))
                 revived += len(step.found)
                 self._settle_revived(step, now_ms)
@@ -387,8 +397,3 @@ class SqliteOutbox:
             log.warning("outbox_full", extra={"cancelled": cancelled, "error": str(error)})
         self._pending[number] -= cancelled
         return cancelled
-
-
-def _spaced(first_ms: int, spacing_ms: float, before: int, index: int) -> int:
-    """Return when the next of so many is due, one `spacing_ms` after the other."""
-    return first_ms + round((before + index) * spacing_ms)

@@ -1,5 +1,7 @@
 """How much room the outbox has: bounds a person set in, a refusal out. How large it is was measured last."""
 
+from asyncpg import Connection
+
 from relay.outbox import Bounds, Size
 
 RESERVED_BYTES = 16 << 20  # kept free for the outcomes of what was accepted; of a small bound it is a share
@@ -20,6 +22,11 @@ class Room:
         self.pending = 0  # deliveries, of all relays
         self._name = name
         self._bounds = bounds
+
+    async def measure(self, link: Connection) -> None:
+        """Look how large the outbox is."""
+        self.bytes = await link.fetchval(BYTES)
+        self.pending = await link.fetchval(PENDING)
 
     def size(self) -> Size:
         return Size(

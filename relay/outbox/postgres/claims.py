@@ -8,19 +8,23 @@ process that was stopped for a while wakes up to find that it may not.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 from relay.model import Delivery
-from relay.outbox import AwayError
+from relay.outbox import AwayError, UnavailableError
 from relay.outbox.postgres import statements
 from relay.outbox.postgres.links import AgainError, Links
 from relay.outbox.postgres.membership import Membership
+from relay.outbox.sharing import Sharing
 from relay.outbox.waiting import Place
 
 BEGIN_SECONDS = 60.0  # after its claim at the latest an attempt begins,
 LEASE_SECONDS = 300.0  # and so long after its end the claim lapses: time to record it, also on a bad day
+LOST_SECONDS = 60.0  # that a claim may still be made after we have hung up
 BUSY_MS = 20  # before the next look, when all that is due is just being claimed by others
 AWAY_MS = 1_000  # and when the database is away
 
@@ -42,14 +46,18 @@ class Claims:
         self,
         links: Links,
         member: Membership,
+        sharing: Sharing,
         tasks: asyncio.TaskGroup,
         release: Callable[[Sequence[Delivery]], Awaitable[None]],
     ) -> None:
         self._links = links
         self._member = member
+        self._look_seconds = sharing.look_seconds
         self._tasks = tasks
         self._release = release
         self._held: dict[tuple[int, int], Hold] = {}
+        self._calls = count(1)
+        self._lost: dict[int, tuple[int, float]] = {}  # calls without an answer, and until when to look
 
     def holds(self, delivery: Delivery) -> bool:
         """Tell whether an attempt may begin: whether nobody else can have claimed it."""
@@ -99,6 +107,28 @@ class Claims:
             return due_ms  # type: ignore[no-any-return]
         return now_ms + BUSY_MS
 
+    async def keep_freeing(self) -> None:
+        """Free what was claimed in answers that never came; until cancelled."""
+        while True:
+            await asyncio.sleep(self._look_seconds)
+            with suppress(UnavailableError, AgainError):
+                await self.free_what_was_lost()
+
+    async def free_what_was_lost(self) -> int:
+        """Free what was claimed in answers that never came, as far as it was; return how much.
+
+        Looked for again and again: a server that hangs may do it after we have hung up.
+        """
+        if not self._lost:
+            return 0
+        now, freed = time.monotonic(), 0
+        async with self._links.link() as link:
+            for relay in {each for each, _ in self._lost.values()}:
+                calls = [call for call, (each, _) in self._lost.items() if each == relay]
+                freed += len(await link.fetch(statements.LOST, relay, calls))
+        self._lost = {call: lost for call, lost in self._lost.items() if lost[1] > now}
+        return freed
+
     def _hold(self, delivery: Delivery) -> Hold | None:
         hold = self._held.get(delivery.handle)
         return hold if hold is not None and hold.of == delivery.epoch else None
@@ -107,13 +137,14 @@ class Claims:
         self, of: tuple[str, int], now_ms: int, after: Place, limit: int, attempt_seconds: float
     ) -> list[Delivery] | AwayError:
         (endpoint, number), relay, begun = of, self._member.id, time.monotonic()
-        lease = timedelta(seconds=attempt_seconds + LEASE_SECONDS)
+        call, lease = next(self._calls), timedelta(seconds=attempt_seconds + LEASE_SECONDS)
         try:
             async with self._links.link() as link:
-                rows = await link.fetch(statements.CLAIM, number, now_ms, *after, limit, relay, lease)
+                rows = await link.fetch(statements.CLAIM, number, now_ms, *after, limit, relay, lease, call)
         except AgainError:
             return []
         except AwayError as error:
+            self._lost[call] = (relay, begun + LOST_SECONDS)
             return error  # raised where somebody waits for it
         claimed: list[Delivery] = []
         for row in rows:

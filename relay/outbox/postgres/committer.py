@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 from asyncpg import Connection
 
 from relay.logs import Seldom
-from relay.model import Receipt, Submission
+from relay.model import Delivery, Receipt, Submission
 from relay.outbox import AwayError, Committed, ConflictError, FullError, OutboxError
 from relay.outbox.postgres.bounds import Room
 from relay.outbox.postgres.links import AgainError, Links
 from relay.outbox.postgres.membership import Membership
-from relay.outbox.postgres.writing import Batch, Claim, LapsedError, Record, Written, write
+from relay.outbox.postgres.watching import Watch
+from relay.outbox.postgres.writing import Batch, Claim, LapsedError, Ours, Record, Written, write
 
 log = logging.getLogger("relay.outbox")
 
@@ -61,15 +62,20 @@ class Committer:
         self,
         links: Links,
         member: Membership,
+        watch: Watch,
         room: Room,
+        *,
+        epoch: Callable[[Delivery], int | None],
         settle: Callable[[Batch, Written], None],
         committed: Committed,
     ) -> None:
         self.numbers: dict[str, int] = {}
-        self._revision = -1
         self._links = links
         self._member = member
+        self._watch = watch
+        self._revision = -1  # of the endpoints, as of the last batch
         self._room = room
+        self._epoch = epoch
         self._settle = settle
         self._committed = committed
         self._seldom = Seldom()
@@ -97,6 +103,11 @@ class Committer:
         """Hand claims back; while the database is away this returns and they are handed back later."""
         self._gathering.batch.releases += claims
         await self._promise(self._gathering.releases)
+
+    def release_later(self, claim: Claim) -> None:
+        """Hand a claim back that nobody waits for."""
+        self._gathering.batch.releases.append(claim)
+        self._work.set()
 
     async def change(self, change: Callable[[Connection], Awaitable[T]]) -> T:
         """Run a function, which opens its own transactions, after what waits now is written."""
@@ -137,6 +148,10 @@ class Committer:
         batch = gathered.batch
         if batch != Batch():
             begun = perf_counter()
+            # As they are held now: what waited for the database may be held by another claim of ours by now.
+            batch.records = [
+                each._replace(epoch=self._epoch(each.delivery) or each.epoch) for each in batch.records
+            ]
             written = await self._written(batch)
             self._committed(perf_counter() - begun, batch.size)
             self.well()
@@ -160,12 +175,21 @@ class Committer:
         for _ in range(TRIES):
             try:
                 async with self._links.link() as link:
-                    return await write(link, batch, self.numbers, self._revision, self._member.id)
+                    return await write(link, batch, self._ours())
             except AgainError:
                 continue
             except LapsedError:
-                await self._member.join()
+                await self._member.join_again()
         raise AwayError(f"{self._links.name} is too busy: what was accepted is safe")
+
+    def _ours(self) -> Ours:
+        return Ours(
+            relay=self._member.id,
+            numbers=self.numbers,
+            revision=self._revision,
+            healths=self._watch.healths,
+            versions=self._watch.versions,
+        )
 
     async def _changed(self, change: Change) -> Any:
         for _ in range(TRIES):

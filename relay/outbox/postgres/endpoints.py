@@ -6,39 +6,45 @@ revision.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import orjson
 from asyncpg import Connection
 
-from relay.model import Health
 from relay.outbox import KeptEndpoint
 from relay.outbox.postgres.links import transaction
+from relay.outbox.postgres.statements import REVISION
 from relay.outbox.statements import read_health
 
-EVERYBODY = "SELECT id FROM relay.relays ORDER BY id FOR UPDATE"
+EVERYBODY = "SELECT id FROM relay.relays ORDER BY id FOR NO KEY UPDATE"
 REVISED = "UPDATE relay.relays SET revision = revision + 1"
-HELD_BY_OTHERS = "SELECT 1 FROM relay.holders h WHERE h.endpoint = e.number AND h.relay <> $1"
+HELD_BY_OTHERS = (
+    "SELECT 1 FROM relay.holders h JOIN relay.relays r ON r.id = h.relay"
+    " WHERE h.endpoint = e.number AND h.relay <> $1"
+)
 
 
-async def register(
-    link: Connection, *, ids: Sequence[str], relay: int
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Make these the endpoints that a relay delivers to; return their numbers, and those that nobody has."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """Endpoints that a relay delivers to."""
+
+    numbers: dict[str, int]
+    healths: dict[int, str | None]
+    revision: int
+    absent: dict[str, int] = field(default_factory=dict)  # those that no relay delivers to
+
+
+async def register(link: Connection, *, ids: Sequence[str], relay: int) -> Taken:
+    """Make these the endpoints that a relay delivers to."""
     async with transaction(link):
         await link.execute(EVERYBODY)
         rows = await link.fetch(
             "INSERT INTO relay.endpoints (id, live) SELECT t.id, true FROM unnest($1::text[])"
             " WITH ORDINALITY AS t (id, place) ORDER BY t.place"
-            " ON CONFLICT (id) DO UPDATE SET live = true RETURNING id, number",
+            " ON CONFLICT (id) DO UPDATE SET live = true RETURNING id, number, health",
             list(ids),
         )
-        numbers = dict(rows)
-        await link.execute("DELETE FROM relay.holders WHERE relay = $1", relay)
-        await link.execute(
-            "INSERT INTO relay.holders (relay, endpoint) SELECT $1, unnest($2::int[])",
-            relay,
-            list(numbers.values()),
-        )
+        await _hold(link, relay, [row["number"] for row in rows])
         absent = await link.fetch(
             "UPDATE relay.endpoints e SET live = false, health = NULL"  # noqa: S608 - our own words
             f" WHERE e.id <> ALL ($2::text[]) AND NOT EXISTS ({HELD_BY_OTHERS}) RETURNING e.id, e.number",
@@ -46,17 +52,34 @@ async def register(
             list(ids),
         )
         await link.execute(REVISED)
-    return numbers, dict(absent)
+        return await _taken(link, rows, relay, dict(absent))
 
 
-async def keep(link: Connection, *, endpoint: KeptEndpoint, relay: int) -> int:
-    """Keep an endpoint's settings, and that a relay delivers to it; return its number."""
+async def _hold(link: Connection, relay: int, numbers: Sequence[int]) -> None:
+    await link.execute("DELETE FROM relay.holders WHERE relay = $1", relay)
+    await link.execute(
+        "INSERT INTO relay.holders (relay, endpoint) SELECT $1, unnest($2::int[])", relay, numbers
+    )
+
+
+async def _taken(link: Connection, rows: Sequence[Any], relay: int, absent: dict[str, int]) -> Taken:
+    revision = await link.fetchval(REVISION, relay)
+    return Taken(
+        numbers={row["id"]: row["number"] for row in rows},
+        healths={row["number"]: row["health"] for row in rows},
+        revision=revision if revision is not None else -1,
+        absent=absent,
+    )
+
+
+async def keep(link: Connection, *, endpoint: KeptEndpoint, relay: int) -> Taken:
+    """Keep an endpoint's settings, and that a relay delivers to it."""
     async with transaction(link):
         await link.execute(EVERYBODY)
-        number: int = await link.fetchval(
+        rows = await link.fetch(
             "INSERT INTO relay.endpoints (id, settings, paused, live) VALUES ($1, $2, $3, true)"
             " ON CONFLICT (id) DO UPDATE SET settings = excluded.settings, paused = excluded.paused,"
-            " live = true RETURNING number",
+            " live = true RETURNING id, number, health",
             endpoint.id,
             endpoint.settings,
             endpoint.paused,
@@ -64,10 +87,10 @@ async def keep(link: Connection, *, endpoint: KeptEndpoint, relay: int) -> int:
         await link.execute(
             "INSERT INTO relay.holders (relay, endpoint) VALUES ($1, $2) ON CONFLICT DO NOTHING",
             relay,
-            number,
+            rows[0]["number"],
         )
         await link.execute(REVISED)
-    return number
+        return await _taken(link, rows, relay, {})
 
 
 async def drop(link: Connection, *, id_: str, aside: KeptEndpoint | None, relay: int) -> bool:
@@ -93,10 +116,20 @@ async def drop(link: Connection, *, id_: str, aside: KeptEndpoint | None, relay:
     return dropped is not None
 
 
-async def keep_health(link: Connection, *, number: int, health: Health) -> None:
-    await link.execute(
-        "UPDATE relay.endpoints SET health = $2 WHERE number = $1", number, orjson.dumps(health).decode()
-    )
+async def follow(link: Connection, *, ids: Sequence[str], relay: int) -> Taken:
+    """Let a relay deliver to these, as they are kept."""
+    async with transaction(link):
+        await link.execute("SELECT revision FROM relay.relays WHERE id = $1 FOR NO KEY UPDATE", relay)
+        rows = await link.fetch(
+            "SELECT id, number, health FROM relay.endpoints WHERE live AND id = ANY ($1::text[])", list(ids)
+        )
+        await _hold(link, relay, [row["number"] for row in rows])
+        return await _taken(link, rows, relay, {})
+
+
+async def keep_health(link: Connection, *, number: int, health: str) -> None:
+    """Keep how an endpoint stands, whatever others think."""
+    await link.execute("UPDATE relay.endpoints SET health = $2 WHERE number = $1", number, health)
 
 
 async def kept(link: Connection) -> list[KeptEndpoint]:

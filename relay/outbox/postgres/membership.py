@@ -14,8 +14,9 @@ from datetime import timedelta
 
 from asyncpg import Connection
 
-from relay.outbox import Sharing, UnavailableError
+from relay.outbox import UnavailableError
 from relay.outbox.postgres.links import AgainError, Links, transaction
+from relay.outbox.sharing import Sharing
 
 log = logging.getLogger("relay.outbox")
 
@@ -30,7 +31,10 @@ OTHERS = (
     " WHERE id <> $1"
 )
 BURY = "DELETE FROM relay.relays WHERE id = $1 AND beat_at <= clock_timestamp() - $2::interval RETURNING id"
-LAPSED = "DELETE FROM relay.claims WHERE until < clock_timestamp() RETURNING event"
+LAPSED = (
+    "DELETE FROM relay.claims c WHERE until < clock_timestamp()"
+    " OR NOT EXISTS (SELECT 1 FROM relay.relays r WHERE r.id = c.relay) RETURNING event"
+)
 # What it counted is added up under 0, so that there are not ever more rows to add up.
 FOLD = """
     WITH gone AS (DELETE FROM relay.tallies WHERE relay = $1 RETURNING *)
@@ -58,6 +62,7 @@ class Membership:
         self._links = links
         self._beat_seconds = sharing.beat_seconds
         self._dead_seconds = sharing.dead_seconds
+        self._joining = asyncio.Lock()
         self._holds_until = 0.0
         self._spares_until = 0.0  # others, that may have been kept from beating as we were
         self._name = f"{socket.gethostname()}:{os.getpid()}"
@@ -76,6 +81,14 @@ class Membership:
             self.id = number
             self._holds_until = begun + self._dead_seconds
             await self._rescue(link)
+
+    async def join_again(self) -> None:
+        """Join after others took us for dead, once, whoever finds it out."""
+        lapsed = self.id
+        async with self._joining:
+            if self.id == lapsed:
+                log.warning("relay_lapsed", extra={"relay": lapsed})
+                await self.join()
 
     async def leave(self) -> None:
         """Hand back what is claimed and be no more."""
@@ -97,8 +110,7 @@ class Membership:
                 self._holds_until = begun + self._dead_seconds
                 rest = await self._rescue(link)
         if revision is None:
-            log.warning("relay_lapsed", extra={"relay": self.id})
-            await self.join()
+            await self.join_again()
         return rest * random.uniform(0.8, 1.0)  # noqa: S311 - so that not all come at once
 
     async def keep_beating(self, beaten: "asyncio.Event") -> None:

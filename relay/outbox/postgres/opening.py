@@ -6,10 +6,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from relay.model import Secret
-from relay.outbox import AwayError, Bounds, Committed, Sharing
+from relay.outbox import AwayError, Bounds, Committed
 from relay.outbox.postgres import schema
 from relay.outbox.postgres.links import Links
 from relay.outbox.postgres.store import PostgresOutbox
+from relay.outbox.sharing import Sharing
 
 log = logging.getLogger("relay.outbox")
 
@@ -23,6 +24,9 @@ async def open_postgres(
 ) -> AsyncIterator[PostgresOutbox]:
     """Join the relays on the database; left again, with all that waits written, on the way out."""
     readers, writer = Links(url, READERS), Links(url, 1)
+    listening: Links | None = None
+    if sharing.listen_url is not None or not readers.pooled:  # a pooler keeps nobody's connection
+        listening = Links(sharing.listen_url or url, 1)
     try:
         async with writer.link(MIGRATION_SECONDS) as link:
             await schema.prepare(link, writer.name)
@@ -30,6 +34,7 @@ async def open_postgres(
             outbox = PostgresOutbox(
                 readers,
                 writer,
+                listening,
                 tasks,
                 bounds=bounds,
                 sharing=sharing,

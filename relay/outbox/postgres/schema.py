@@ -45,7 +45,7 @@ VERSION_1 = (
     """CREATE TABLE relay.holders (
         relay bigint NOT NULL,
         endpoint integer NOT NULL,
-        PRIMARY KEY (relay, endpoint)
+        PRIMARY KEY (endpoint, relay)
     )""",
     "CREATE TABLE relay.turns (number integer PRIMARY KEY) WITH (fillfactor = 50)",
     f"INSERT INTO relay.turns SELECT * FROM generate_series(0, {TURNS - 1})",  # noqa: S608
@@ -94,6 +94,7 @@ VERSION_1 = (
         endpoint integer NOT NULL,
         relay bigint NOT NULL,
         epoch bigint NOT NULL,
+        call bigint NOT NULL,
         until timestamptz NOT NULL,
         PRIMARY KEY (event, endpoint)
     ) WITH ({HOT})""",

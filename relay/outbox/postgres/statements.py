@@ -14,7 +14,7 @@ from relay.model import Delivery, Event
 # events are drawn behind the turns. No row: we are taken for dead, and what we held is no longer ours.
 LOCK = """
     WITH me AS MATERIALIZED (
-        SELECT revision FROM relay.relays WHERE id = $1 FOR UPDATE
+        SELECT revision FROM relay.relays WHERE id = $1 FOR NO KEY UPDATE
     ), turns AS MATERIALIZED (
         SELECT number FROM relay.turns
         WHERE number = ANY ($2::int[]) AND (SELECT count(*) FROM me) = 1 ORDER BY number FOR UPDATE
@@ -28,6 +28,8 @@ LOCK = """
         SELECT array_agg(nextval('relay.event_numbers')) FROM generate_series(1, $5::int)
         WHERE (SELECT count(*) FROM touched) >= 0
     ) AS numbers FROM me"""
+
+REVISION = "SELECT revision FROM relay.relays WHERE id = $1"
 
 LIVE = "SELECT id, number FROM relay.endpoints WHERE live"
 
@@ -89,9 +91,17 @@ ATTEMPTS = """
         $7::text[], $8::text[])
     ON CONFLICT DO NOTHING"""
 
+# What another relay has found meanwhile stands: a conclusion counts only if it was drawn from what is there.
 HEALTHS = """
-    UPDATE relay.endpoints e SET health = t.health
-    FROM unnest($1::int[], $2::text[]) AS t (number, health) WHERE e.number = t.number"""
+    WITH told AS MATERIALIZED (
+        SELECT e.number, e.health AS known, t.before, t.health
+        FROM unnest($1::int[], $2::text[], $3::text[]) AS t (number, before, health)
+        JOIN relay.endpoints e ON e.number = t.number ORDER BY e.number FOR UPDATE OF e
+    ), changed AS (
+        UPDATE relay.endpoints e SET health = told.health FROM told
+        WHERE e.number = told.number AND told.known IS NOT DISTINCT FROM told.before
+    )
+    SELECT number, CASE WHEN known IS NOT DISTINCT FROM before THEN health ELSE known END FROM told"""
 
 # Of a key that had an attempt or an end, the oldest goes: what only waited for its turn is due now, whatever
 # the clock said when it was accepted.
@@ -123,23 +133,25 @@ TALLY = """
         last_error = coalesce(excluded.last_error, t.last_error)"""
 
 # A claim is lost with a server that crashes before it is on disk; then it is simply nobody's, so its commit
-# need not wait for the disk. Two that pick the same are told apart by the claim's key.
+# need not wait for the disk. Two that pick the same are told apart by the claim's key. Nobody is buried while
+# he claims: a key share waits for a deletion and holds one up, but nothing else that is done to the row.
 CLAIM = """
     WITH soon AS MATERIALIZED (
         SELECT set_config('synchronous_commit', 'off', true)
+    ), me AS MATERIALIZED (
+        SELECT id FROM relay.relays WHERE id = $6 FOR KEY SHARE
     ), picked AS MATERIALIZED (
         SELECT d.due, d.event, d.format, d.attempts, d.steps, d.key, d.since FROM relay.deliveries d
         WHERE d.endpoint = $1 AND d.state = 0 AND NOT d.held AND d.due <= $2 AND (d.due, d.event) > ($3, $4)
-            AND (SELECT count(*) FROM soon) = 1
+            AND (SELECT count(*) FROM soon) = 1 AND (SELECT count(*) FROM me) = 1
             AND NOT EXISTS (
                 SELECT 1 FROM relay.claims c WHERE c.event = d.event AND c.endpoint = d.endpoint
             )
         ORDER BY d.due, d.event LIMIT $5 FOR UPDATE OF d SKIP LOCKED
     ), claimed AS (
-        INSERT INTO relay.claims (event, endpoint, relay, epoch, until)
-        SELECT event, $1, $6, nextval('relay.epochs'), clock_timestamp() + $7::interval FROM picked
-        WHERE EXISTS (SELECT 1 FROM relay.relays WHERE id = $6)
-            AND EXISTS (SELECT 1 FROM relay.endpoints WHERE number = $1 AND live)
+        INSERT INTO relay.claims (event, endpoint, relay, epoch, call, until)
+        SELECT event, $1, $6, nextval('relay.epochs'), $8, clock_timestamp() + $7::interval FROM picked
+        WHERE EXISTS (SELECT 1 FROM relay.endpoints WHERE number = $1 AND live)
         ON CONFLICT DO NOTHING
         RETURNING event, epoch
     )
@@ -157,10 +169,29 @@ NEXT_DUE = """
         ORDER BY d.due, d.event LIMIT 1
     ) AS due FROM unnest($1::int[]) AS t (endpoint)"""
 
+LOST = "DELETE FROM relay.claims WHERE relay = $1 AND call = ANY ($2::bigint[]) RETURNING event"
+
 RELEASE = """
     DELETE FROM relay.claims c
     USING unnest($2::bigint[], $3::int[], $4::bigint[]) AS t (event, endpoint, epoch)
     WHERE c.event = t.event AND c.endpoint = t.endpoint AND c.relay = $1 AND c.epoch = t.epoch"""
+
+
+# All that one look at the neighbours wants to know: a few seeks for each endpoint.
+LOOK = """
+    SELECT t.endpoint, p.health, (
+        SELECT d.due FROM relay.deliveries d
+        WHERE d.endpoint = t.endpoint AND d.state = 0 AND NOT d.held
+            AND NOT EXISTS (
+                SELECT 1 FROM relay.claims c WHERE c.event = d.event AND c.endpoint = d.endpoint
+            )
+        ORDER BY d.due, d.event LIMIT 1
+    ) AS due, (
+        SELECT count(*) FROM relay.holders h WHERE h.endpoint = t.endpoint
+    ) AS relays, (
+        SELECT count(*) FROM relay.holders h WHERE h.endpoint = t.endpoint AND h.relay < $2
+    ) AS place
+    FROM unnest($1::int[]) AS t (endpoint) JOIN relay.endpoints p ON p.number = t.endpoint"""
 
 
 def columns(rows: Sequence[Sequence[Any]], count: int) -> list[list[Any]]:

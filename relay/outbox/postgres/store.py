@@ -6,12 +6,13 @@ looking (`listing.py`).
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import orjson
 from asyncpg import Connection
 
 from relay.logs import Seldom
@@ -28,18 +29,21 @@ from relay.outbox import (
     Past,
     Patience,
     Query,
-    Sharing,
     Story,
     UnavailableError,
 )
 from relay.outbox.postgres import changes, endpoints, listing
-from relay.outbox.postgres.bounds import BYTES, PENDING, Room
+from relay.outbox.postgres.bounds import Room
 from relay.outbox.postgres.claims import Claims
 from relay.outbox.postgres.committer import Committer
+from relay.outbox.postgres.endpoints import Taken
 from relay.outbox.postgres.links import AgainError, Links
 from relay.outbox.postgres.membership import Membership
 from relay.outbox.postgres.waiting import Waiting
+from relay.outbox.postgres.watching import Watch
 from relay.outbox.postgres.writing import Batch, Record, Written
+from relay.outbox.revival import spaced
+from relay.outbox.sharing import Neighbours, Sharing
 from relay.outbox.waiting import START
 
 log = logging.getLogger("relay.outbox")
@@ -47,6 +51,7 @@ log = logging.getLogger("relay.outbox")
 T = TypeVar("T")
 
 EVER_MS = 1 << 62
+SPARED_MS = 5_000  # less than a clock that is set right
 AWAY_MS = 1_000  # before the next claim while the database is away
 
 
@@ -57,6 +62,7 @@ class PostgresOutbox:
         self,
         links: Links,
         writer: Links,
+        listening: Links | None,
         tasks: asyncio.TaskGroup,
         *,
         bounds: Bounds,
@@ -66,14 +72,24 @@ class PostgresOutbox:
         self._links = links
         self._member = Membership(links, sharing)
         self._room = Room(links.name, bounds)
-        self._claims = Claims(links, self._member, tasks, self.release)
-        self.holds = self._claims.holds
-        self._committer = Committer(writer, self._member, self._room, self._settle, committed)
+        self._watch = Watch(links, listening, self._member, sharing)
+        self._claims = Claims(links, self._member, sharing, tasks, self.release)
+        self._committer = Committer(
+            writer,
+            self._member,
+            self._watch,
+            self._room,
+            epoch=self._claims.epoch,
+            settle=self._settle,
+            committed=committed,
+        )
         self._change = self._committer.change
         self.commit_batches = self._committer.commit_batches
         self.close = self._committer.close
         self.trouble = self._committer.trouble
         self.size = self._room.size
+        self.is_current = self._watch.is_current
+        self.holds = self._claims.holds
         self._waiting: dict[str, Waiting] = {}
         self._seldom = Seldom()
         self._forgotten = 0  # how far the walk over old events has come
@@ -81,42 +97,45 @@ class PostgresOutbox:
     # The verbs
 
     async def register(self, endpoints_: Sequence[str]) -> dict[str, int]:
-        numbers, absent = await self._change(
-            partial(endpoints.register, ids=endpoints_, relay=self._member.id)
-        )
-        self._committer.numbers = {id_: numbers[id_] for id_ in endpoints_}
-        self._member.endpoints = list(self._committer.numbers.values())
-        self._waiting = {id_: Waiting(number) for id_, number in self._committer.numbers.items()}
-        cancelled = {id_: await self._cancel(number) for id_, number in absent.items()}
+        taken = await self._change(partial(endpoints.register, ids=endpoints_, relay=self._member.id))
+        self._waiting = {}
+        self._take(taken, {})
+        cancelled = {id_: await self._cancel(number) for id_, number in taken.absent.items()}
         return {id_: count for id_, count in cancelled.items() if count}
 
     async def endpoints(self) -> list[KeptEndpoint]:
         return await self._look(endpoints.kept)
 
     async def keep_endpoint(self, endpoint: KeptEndpoint) -> None:
-        number = await self._change(partial(endpoints.keep, endpoint=endpoint, relay=self._member.id))
-        # Replaced, not changed: a commit under way goes on with the endpoints it began with.
-        self._committer.numbers = self._committer.numbers | {endpoint.id: number}
-        self._member.endpoints = list(self._committer.numbers.values())
-        self._waiting.setdefault(endpoint.id, Waiting(number))
+        taken = await self._change(partial(endpoints.keep, endpoint=endpoint, relay=self._member.id))
+        self._take(taken, self._committer.numbers)
+
+    async def follow(self, endpoints_: Sequence[str]) -> None:
+        self._take(await self._change(partial(endpoints.follow, ids=endpoints_, relay=self._member.id)), {})
+
+    def heed(self, neighbours: Neighbours) -> None:
+        self._watch.neighbours = neighbours
 
     async def drop_endpoint(self, endpoint: str, aside: KeptEndpoint | None = None) -> int:
         before = self._committer.numbers
         number = before[endpoint]
         self._committer.numbers = {id_: each for id_, each in before.items() if id_ != endpoint}
         try:
-            await self._change(partial(endpoints.drop, id_=endpoint, aside=aside, relay=self._member.id))
+            over = await self._change(
+                partial(endpoints.drop, id_=endpoint, aside=aside, relay=self._member.id)
+            )
         except BaseException:
             self._committer.numbers = self._committer.numbers | {endpoint: number}
             raise
         self._member.endpoints = list(self._committer.numbers.values())
         self._waiting.pop(endpoint, None)
-        return await self._cancel(number)
+        return await self._cancel(number) if over else 0
 
     async def keep_health(self, endpoint: str, health: Health) -> None:
         if endpoint in self._waiting:
-            number = self._waiting[endpoint].number
-            await self._change(partial(endpoints.keep_health, number=number, health=health))
+            number, text = self._waiting[endpoint].number, orjson.dumps(health).decode()
+            await self._change(partial(endpoints.keep_health, number=number, health=text))
+            self._watch.healths[number] = text
 
     async def accept(self, submissions: Sequence[Submission]) -> list[Receipt]:
         return await self._committer.accept(submissions)
@@ -170,7 +189,8 @@ class PostgresOutbox:
         epoch = self._claims.epoch(delivery)
         if epoch is None:
             return []
-        record = Record(delivery, attempt, verdict, health, news, epoch)
+        version = self._watch.versions[delivery.handle[1]]
+        record = Record(delivery, attempt, verdict, health, news, epoch, version)
         told = await self._committer.record(record)
         if told is None and self._seldom.passes("dropped") is not None:
             event_id = delivery.event.id
@@ -217,6 +237,8 @@ class PostgresOutbox:
     async def advance(self, endpoint: str, latest_ms: int, now_ms: int) -> None:
         waiting = self._waiting.get(endpoint)
         if waiting is not None:
+            if self._member.alive > 1:  # whose outcomes may be a little younger than our question
+                latest_ms += SPARED_MS
             step = partial(changes.advance, number=waiting.number, now_ms=now_ms, latest_ms=latest_ms)
             while await self._change(step):
                 pass
@@ -254,7 +276,7 @@ class PostgresOutbox:
                 number=self._number(ended),
                 after=after,
                 now_ms=now_ms,
-                due_ms=partial(_spaced, now_ms, spacing_ms, revived),
+                due_ms=partial(spaced, now_ms, spacing_ms, revived),
             )
             count, reached = await self._change(step)
             revived += count
@@ -304,7 +326,7 @@ class PostgresOutbox:
     async def start(self) -> None:
         """Become one of the relays and read what is kept in memory."""
         await self._member.join()
-        await self.measure()
+        await self._look(self._room.measure)
 
     async def stop(self) -> None:
         """Be no more one of the relays; what we claimed is free."""
@@ -315,17 +337,14 @@ class PostgresOutbox:
         async with asyncio.TaskGroup() as chores:
             beaten = asyncio.Event()
             chores.create_task(self._member.keep_beating(beaten))
+            chores.create_task(self._watch.look_now_and_then())
+            chores.create_task(self._watch.give_hints())
+            chores.create_task(self._claims.keep_freeing())
             while True:
                 await beaten.wait()
                 beaten.clear()
-                with suppress(UnavailableError, AgainError):
-                    await self.measure()
-
-    async def measure(self) -> None:
-        """Look how large the outbox is."""
-        async with self._links.link() as link:
-            self._room.bytes = await link.fetchval(BYTES)
-            self._room.pending = await link.fetchval(PENDING)
+                with suppress(UnavailableError):
+                    await self._look(self._room.measure)
 
     async def _look(self, look: Callable[[Connection], Awaitable[T]]) -> T:
         """Read with a connection to ourselves; a connection that had died while idle is no answer."""
@@ -340,10 +359,28 @@ class PostgresOutbox:
     def _settle(self, batch: Batch, written: Written) -> None:
         """Take over what is kept now."""
         for record in batch.records:
-            self._claims.forget(record.delivery)
+            epoch = self._claims.forget(record.delivery)
+            if epoch is not None and epoch != record.epoch:  # claimed anew while this was written
+                self._committer.release_later((*record.delivery.handle, epoch))
         for endpoint, due_ms in written.due.items():
             self._rewind(endpoint, due_ms)
+        if written.due:
+            self._watch.hint()
+        for record in batch.records:
+            number = record.delivery.handle[1]
+            if number in written.healths:
+                self._watch.concluded(record.delivery.endpoint, number, written)
         self._room.pending += written.pending
+
+    def _take(self, taken: Taken, before: Mapping[str, int]) -> None:
+        """Deliver to these too, or, with none before, to no others."""
+        # Replaced, not changed: a commit under way goes on with the endpoints it began with.
+        self._committer.numbers = numbers = {**before, **taken.numbers}
+        self._member.endpoints = list(numbers.values())
+        waiting = {id_: self._waiting.get(id_) or Waiting(number) for id_, number in numbers.items()}
+        self._waiting = self._watch.waiting = waiting
+        self._watch.healths.update(taken.healths)
+        self._watch.revision = taken.revision
 
     def _rewind(self, endpoint: str, due_ms: int) -> None:
         if endpoint in self._waiting:
@@ -359,9 +396,5 @@ class PostgresOutbox:
         while count := await self._change(step):
             cancelled += count
         self._room.pending -= cancelled
+        self._watch.healths.pop(number, None)
         return cancelled
-
-
-def _spaced(first_ms: int, spacing_ms: float, before: int, index: int) -> int:
-    """Return when the next of so many is due, one `spacing_ms` after the other."""
-    return first_ms + round((before + index) * spacing_ms)

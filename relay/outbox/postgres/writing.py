@@ -39,6 +39,18 @@ class Record(NamedTuple):
     health: Health | None = None
     news: Sequence[Submission] = ()
     epoch: int = 0  # of the claim it is held by
+    version: int = 0  # of what was known of the endpoint's health when this was concluded
+
+
+@dataclass(slots=True)
+class Ours:
+    """What a relay knows when it writes."""
+
+    relay: int
+    numbers: Mapping[str, int]  # of the endpoints that events may be accepted for
+    revision: int  # of the endpoints
+    healths: Mapping[int, str | None]  # as they were last read or written
+    versions: Mapping[int, int]  # that rise when another relay's conclusion is taken over
 
 
 @dataclass(slots=True)
@@ -71,6 +83,8 @@ class Written:
         default_factory=dict
     )  # endpoint -> when the first of what is new there is due
     pending: int = 0  # how many more there are
+    concluded: dict[int, str] = field(default_factory=dict)  # how endpoints stand, as we see it,
+    healths: dict[int, str | None] = field(default_factory=dict)  # and as they do
 
 
 @dataclass(slots=True)
@@ -104,10 +118,9 @@ def turn(number: int, key: str) -> int:
     return zlib.crc32(f"{number} {key}".encode()) % TURNS
 
 
-async def write(
-    link: Connection, batch: Batch, numbers: Mapping[str, int], revision: int, relay: int
-) -> Written:
+async def write(link: Connection, batch: Batch, ours: Ours) -> Written:
     """Write the batch in one transaction, on disk when this returns. Raises AgainError, LapsedError."""
+    numbers, relay = ours.numbers, ours.relay
     submissions = batch.submissions()
     handles = [record.delivery.handle for record in batch.records]
     async with transaction(link):
@@ -121,11 +134,11 @@ async def write(
         if locked is None:
             raise LapsedError
         written = Written(numbers=dict(numbers), revision=locked["revision"])
-        if locked["revision"] != revision:  # somebody changed endpoints
+        if locked["revision"] != ours.revision:  # somebody changed endpoints
             live = dict(await link.fetch(statements.LIVE))
             written.numbers = {id_: live[id_] for id_ in numbers if id_ in live}
         tallies = Tallies()
-        counted = await _record(link, batch.records, relay, tallies, written)
+        counted = await _record(link, batch.records, ours, tallies, written)
         if batch.releases:
             await link.execute(statements.RELEASE, relay, *columns(batch.releases, 3))
         new = await _accept(link, batch, counted, written)
@@ -156,13 +169,13 @@ def _turns(
 
 
 async def _record(
-    link: Connection, records: Sequence[Record], relay: int, tallies: Tallies, written: Written
+    link: Connection, records: Sequence[Record], ours: Ours, tallies: Tallies, written: Written
 ) -> set[Handle]:
     """Write outcomes; return which of them count."""
     if not records:
         return set()
     rows = [_row(record) for record in records]
-    counted = {tuple(row) for row in await link.fetch(statements.RECORD, relay, *columns(rows, 11))}
+    counted = {tuple(row) for row in await link.fetch(statements.RECORD, ours.relay, *columns(rows, 11))}
     kept = [record for record in records if record.delivery.handle in counted]
     for delivery, attempt, verdict, *_ in kept:
         _tally(tallies[delivery.handle[1]], attempt, verdict)
@@ -175,13 +188,14 @@ async def _record(
     ]
     if failures:
         await link.execute(statements.ATTEMPTS, *columns(failures, 8))
-    healths = {
+    written.concluded = {
         delivery.handle[1]: orjson.dumps(health).decode()
-        for delivery, _, _, health, *_ in kept
-        if health is not None
+        for delivery, _, _, health, _, _, version in kept
+        if health is not None and version == ours.versions.get(delivery.handle[1], 0)
     }
-    if healths:
-        await link.execute(statements.HEALTHS, list(healths), list(healths.values()))
+    if written.concluded:
+        rows = [(number, ours.healths.get(number), text) for number, text in written.concluded.items()]
+        written.healths = dict(await link.fetch(statements.HEALTHS, *columns(rows, 3)))
     await _pass_on(link, kept, written)
     return counted
 
