@@ -130,6 +130,17 @@ async def test_a_replayed_one_does_not_overtake_what_is_in_flight_and_is_next(ou
     assert await drained(outbox, NOW + 1) == ["a", "b", "c"], "b failed, so it waits for a now"
 
 
+async def test_what_fails_at_the_moment_of_a_replay_waits_for_what_is_replayed(outbox):
+    """Its outcome and the replay may be written together."""
+    await outbox.accept([keyed(name) for name in "abc"])
+    await ends(outbox, (await claim(outbox))[0], DEAD)
+    (b,) = await claim(outbox)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(ends(outbox, b, again(NOW + 1)))
+        tasks.create_task(outbox.revive(Ended(event_id="evt_a"), NOW))
+    assert await drained(outbox, NOW + 1) == ["a", "b", "c"]
+
+
 async def test_what_was_in_flight_at_a_replay_keeps_its_turn_though_it_was_released(outbox):
     await outbox.accept([keyed(name) for name in "abc"])
     await ends(outbox, (await claim(outbox))[0], DEAD)

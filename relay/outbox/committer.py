@@ -73,6 +73,8 @@ class Committer:
         self._settle = settle
         self._committed = committed
         self._seldom = Seldom()
+        # What the transaction under way records: in flight until it is over, yet its outcome is written.
+        self.recording: frozenset[tuple[int, int]] = frozenset()
         self._gathering = Gathering()
         self._work = asyncio.Event()
         self._closing = False
@@ -148,6 +150,7 @@ class Committer:
             gathered, self._gathering = self._gathering, Gathering()
             self._refuse_without_room(gathered)
             begun = perf_counter()
+            self.recording = frozenset(record.delivery.handle for record in gathered.batch.records)
             try:
                 written = await self.run(
                     write, gathered.batch, self.numbers, self.last_seq, measure=self._is_time_to_measure()

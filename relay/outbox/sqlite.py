@@ -385,7 +385,8 @@ class SqliteOutbox:
         found = [(handle, state) for handle, state in step.found if handle[1] in live]
         handles = [handle for handle, _ in found]
         due = [due_ms(index) for index in range(len(found))]
-        held = revival.revive(db, handles, due, now_ms=now_ms, in_flight=self._in_flight)
+        in_flight = self._in_flight - self._committer.recording
+        held = revival.revive(db, handles, due, now_ms=now_ms, in_flight=in_flight)
         return revival.Step(found=found, after=step.after, held=held)
 
     async def _cancel(self, number: int) -> int:
