@@ -37,6 +37,7 @@ from relay.outbox import (
     NewerSchemaError,
     Outbox,
     OutboxError,
+    UnavailableError,
     open_outbox,
 )
 from relay.outbox.place import shown as shown_place
@@ -117,7 +118,6 @@ async def join(
     config: Config, outbox: Outbox, sender: Sender, clock: Clock, *, metrics: Metrics, traces: Traces
 ) -> tuple[State, Lanes]:
     """Build what stands between the outbox, the sender and the API, and join it."""
-    most_sending = attempts_at_once()
     lanes = Lanes(lambda endpoint, health: Lane(endpoint, health, around))
     catalogue = Catalogue(config.events.values())
     ingest = Ingest(
@@ -132,7 +132,7 @@ async def join(
         outbox=outbox,
         sender=sender,
         clock=clock,
-        connections=asyncio.Semaphore(most_sending),
+        connections=asyncio.Semaphore(most_sending := attempts_at_once()),
         make_news=ingest.news,
         wake=lanes.wake,
         metrics=metrics,
@@ -196,7 +196,7 @@ async def work(reloader: Reloader, lanes: Lanes, stop: Stop) -> None:
             state.sender.own_addresses = addresses
             tasks.create_task(lanes.run())
             chores.append(tasks.create_task(sources.run()))
-            tell_start(reloader, await state.outbox.backlog())
+            tell_start(reloader, await backlogs_of(state.outbox))
             look_for_cycles_less()
             manager.ready()
             await stop.asked.wait()
@@ -216,13 +216,21 @@ def look_for_cycles_less() -> None:
     gc.set_threshold(YOUNG_OBJECTS)
 
 
-def tell_start(reloader: Reloader, backlogs: Mapping[str, Backlog]) -> None:
+async def backlogs_of(outbox: Outbox) -> Mapping[str, Backlog] | None:
+    """Return what waits; None if the outbox has gone away just now, which is no reason to end."""
+    try:
+        return await outbox.backlog()
+    except UnavailableError:
+        return None
+
+
+def tell_start(reloader: Reloader, backlogs: Mapping[str, Backlog] | None) -> None:
     """Say in one line what was started, on what, and what waits."""
-    pending = sum(each.pending for each in backlogs.values())
+    pending = sum(each.pending for each in backlogs.values()) if backlogs is not None else None
     fields: dict[str, object] = {"config": str(reloader.path.resolve()), **build()}
     fields |= {"outbox": shown_place(reloader.config.outbox.place)}
     fields["addresses"] = reloader.state.addresses
-    fields |= {"endpoints": len(backlogs), "pending": pending}
+    fields |= {"endpoints": len(reloader.state.endpoints.all()), "pending": pending}
     log.info("started", extra=fields)
 
 

@@ -22,6 +22,8 @@ CONNECT_SECONDS = 5.0
 LIMIT_SECONDS = 10.0  # of one use: a few statements on few rows
 IDLE_MS = 5_000  # that a transaction may stay open while its relay says nothing, as when it is stopped
 CACHE = "statement_cache_size"
+# A plan made while a table was small must not walk over it when it has grown; a pooler knows no such settings.
+SETTINGS = {"application_name": "relay", "enable_seqscan": "off"}
 
 BROKEN = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 
@@ -52,11 +54,11 @@ class Links:
         return self._cache == 0
 
     @asynccontextmanager
-    async def link(self, seconds: float = LIMIT_SECONDS) -> AsyncIterator[Connection]:
+    async def link(self, seconds: float | None = None) -> AsyncIterator[Connection]:
         """Lend a connection; what goes wrong meanwhile ends it. Raises AgainError, OutboxError."""
         async with self._slots:
             connection = await self._take()
-            limit = asyncio.get_running_loop().call_later(seconds, connection.terminate)
+            limit = asyncio.get_running_loop().call_later(seconds or LIMIT_SECONDS, connection.terminate)
             try:
                 yield connection
             except BROKEN as error:
@@ -81,7 +83,7 @@ class Links:
                 timeout=CONNECT_SECONDS,
                 target_session_attrs="read-write",
                 statement_cache_size=self._cache,
-                server_settings={"application_name": "relay"},
+                server_settings=SETTINGS if self._cache else {},
             )
         except (*BROKEN, ValueError) as error:
             raise translated(error, self.name) from error

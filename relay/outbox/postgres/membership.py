@@ -11,10 +11,11 @@ import random
 import socket
 import time
 from datetime import timedelta
+from typing import Protocol
 
 from asyncpg import Connection
 
-from relay.outbox import UnavailableError
+from relay.outbox import OutboxError, UnavailableError
 from relay.outbox.postgres.links import AgainError, Links, transaction
 from relay.outbox.sharing import Sharing
 
@@ -49,6 +50,14 @@ FOLD = """
         last_error = CASE WHEN excluded.last_failure_at >= coalesce(t.last_failure_at, 0)
             THEN excluded.last_error ELSE t.last_error END,
         last_failure_at = greatest(excluded.last_failure_at, t.last_failure_at)"""
+
+
+class Told(Protocol):
+    """Who wants to know how the database is."""
+
+    def well(self) -> None: ...
+
+    def unwell(self, error: OutboxError) -> None: ...
 
 
 class Membership:
@@ -113,14 +122,19 @@ class Membership:
             await self.join_again()
         return rest * random.uniform(0.8, 1.0)  # noqa: S311 - so that not all come at once
 
-    async def keep_beating(self, beaten: "asyncio.Event") -> None:
-        """Beat until cancelled; `beaten` is set each time."""
+    async def keep_beating(self, beaten: asyncio.Event, told: Told) -> None:
+        """Beat until cancelled; `told` hears each time that it could be done, or why not."""
         while True:
+            rest = self._beat_seconds / 5
             try:
                 rest = await self.beat()
-            except (UnavailableError, AgainError):
-                rest = self._beat_seconds / 5
-            beaten.set()
+            except AgainError:
+                pass
+            except UnavailableError as error:
+                told.unwell(error)
+            else:
+                told.well()
+                beaten.set()
             await asyncio.sleep(rest)
 
     async def _rescue(self, link: Connection) -> float:

@@ -121,9 +121,8 @@ class PostgresOutbox:
         number = before[endpoint]
         self._committer.numbers = {id_: each for id_, each in before.items() if id_ != endpoint}
         try:
-            over = await self._change(
-                partial(endpoints.drop, id_=endpoint, aside=aside, relay=self._member.id)
-            )
+            drop = partial(endpoints.drop, id_=endpoint, aside=aside, relay=self._member.id)
+            over = await self._change(drop)
         except BaseException:
             self._committer.numbers = self._committer.numbers | {endpoint: number}
             raise
@@ -147,9 +146,9 @@ class PostgresOutbox:
         if waiting is None or limit <= 0 or waiting.due_ms is None or waiting.due_ms > now_ms:
             return []
         waiting.start_look()
-        place = (endpoint, waiting.number)
+        of = (endpoint, waiting.number)
         try:
-            claimed = await self._claims.take(place, now_ms, START, limit, attempt_seconds)
+            claimed = await self._claims.take(of, now_ms, START, limit, attempt_seconds)
         except AwayError as error:
             self._committer.unwell(error)
             waiting.rewind(now_ms + AWAY_MS)
@@ -167,8 +166,8 @@ class PostgresOutbox:
             return None
         for after in (waiting.probed, START):
             try:
-                place = (endpoint, waiting.number)
-                claimed = await self._claims.take(place, EVER_MS, after, 1, attempt_seconds)
+                of = (endpoint, waiting.number)
+                claimed = await self._claims.take(of, EVER_MS, after, 1, attempt_seconds)
             except AwayError as error:
                 self._committer.unwell(error)
                 return None
@@ -333,10 +332,11 @@ class PostgresOutbox:
         await self._member.leave()
 
     async def keep_house(self) -> None:
-        """Beat, and look now and then how large the outbox is; until cancelled."""
+        """Beat, look what the others do and how large the outbox is; until cancelled."""
         async with asyncio.TaskGroup() as chores:
             beaten = asyncio.Event()
-            chores.create_task(self._member.keep_beating(beaten))
+
+            chores.create_task(self._member.keep_beating(beaten, self._committer))
             chores.create_task(self._watch.look_now_and_then())
             chores.create_task(self._watch.give_hints())
             chores.create_task(self._claims.keep_freeing())
