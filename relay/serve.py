@@ -34,6 +34,7 @@ from relay.outbox import (
     DamagedError,
     FullError,
     HeldError,
+    MovedError,
     NewerSchemaError,
     Outbox,
     OutboxError,
@@ -60,6 +61,7 @@ EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (UnfitError, 78),
     (HeldError, 75),
     (NewerSchemaError, 78),
+    (MovedError, 78),
     (DamagedError, 74),
     (FullError, 74),  # only at the start; once it serves the relay waits for room
     (AwayError, 69),  # and for its database

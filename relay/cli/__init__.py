@@ -4,11 +4,12 @@ Data goes to standard output, everything else to standard error, an error as one
 to call stands in `commands`; each function there lies in the file of its group. Nothing is coloured.
 
     commands      every command with its options: the table that all of this is made of
-    arguments     how the values of options are read
+    options, arguments     those that several commands have; how their values are read
     exits         the exit codes
     client        one request to the running relay
     output, progress     tables for people, JSON for scripts; how far something has come
     serving, connect, health, secret, ops, version, listen, demo, verify     the commands,
+    move     the one for an outbox whose relay is stopped,
     ask, status, drain, backup, reload, completion     those for a running relay and its shell
     receiver, verification     the receiver of `listen` and `demo`, and how it verifies
 """

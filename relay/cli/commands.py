@@ -4,20 +4,12 @@ The parser, the help and the dispatch are made of this table. The functions are 
 so that a command loads only what it needs: those that talk to a running relay start in under 100 ms.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from relay.cli import arguments
+from relay.cli.options import CONFIG, HEADER_SCHEME, JSON, SECRET_FILE, TIMES, URL, Option, option
 
 
-class Option(NamedTuple):
-    """One argument, in the words of argparse's `add_argument`."""
-
-    names: tuple[str, ...]
-    settings: Mapping[str, Any]
-
-
-# Tuples with names instead of dataclasses: importing `dataclasses` costs a sixth of the 100 ms.
 class Command(NamedTuple):
     """One command; two words in the name are a group and its member."""
 
@@ -28,41 +20,6 @@ class Command(NamedTuple):
     options: tuple[Option, ...] = ()
 
 
-def option(*names: str, **settings: Any) -> Option:
-    return Option(names, settings)
-
-
-CONFIG = option(
-    "--config",
-    metavar="PATH",
-    help="the config file (default: $RELAY_CONFIG, else ./relay.toml, else /etc/relay/relay.toml)",
-)
-URL = option(
-    "--url",
-    help="where the relay listens, http://HOST:PORT or unix:/PATH "
-    "(default: $RELAY_URL, else http://127.0.0.1:8484); its token is taken from $RELAY_TOKEN",
-)
-JSON = option("--json", action="store_true", help="print JSON, one object a line")
-SECRET_FILE = option(
-    "--secret-file",
-    metavar="PATH",
-    help="the file with the secret to verify with, or several of them, one a line: whsec_…, a text, "
-    "or for standard-ed25519 whpk_… or whsk_… (default: they are in $RELAY_SECRET)",
-)
-HEADER_SCHEME = option(
-    "--header-scheme",
-    metavar="NAME,…",
-    action="append",
-    type=arguments.generic,
-    default=[],
-    help="verify the body's HMAC in this header too: X-Mine,prefix=sha256=,encoding=hex,algorithm=sha256 "
-    "(the encoding is hex or base64, the algorithm sha256, sha512 or sha1); can be repeated",
-)
-
-TIMES = (
-    option("--since", metavar="TIME", help="accepted at or after this time (RFC 3339)"),
-    option("--until", metavar="TIME", help="accepted before this time"),
-)
 ACTIONS = ("list", "pause", "resume", "remove", "rotate-secret")
 
 EXAMPLES = ("relay demo", "relay serve --config relay.toml")
@@ -251,6 +208,30 @@ COMMANDS = (
             JSON,
         ),
         examples=("relay backup /var/backups/relay.db", 'relay backup "relay-$(date +%F).db"'),
+    ),
+    Command(
+        name="move",
+        does="Move the outbox from its SQLite file into PostgreSQL, while no relay runs on it.",
+        runs="relay.cli.move:move",
+        options=(
+            option(
+                "--to",
+                metavar="URL",
+                help="the database, as outbox.url names it: postgresql://USER@HOST/DATABASE; "
+                "a password as ${env:NAME}, or from $PGPASSWORD or ~/.pgpass",
+            ),
+            option(
+                "--undo",
+                action="store_true",
+                help="let the file be an outbox again, as it was when it was moved",
+            ),
+            CONFIG,
+            JSON,
+        ),
+        examples=(
+            "relay move --to 'postgresql://relay:${env:DATABASE_PASSWORD}@db.internal/relay'",
+            "relay move --undo --config relay.toml",
+        ),
     ),
     Command(
         name="reload",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from relay.catalogue import EventType, SchemaError, validator
-from relay.config.address import Address
+from relay.config.address import Address, parse_database
 from relay.config.check import Report, WrongValueError, has_type, keys, read_table, refuse_unknown
 from relay.config.database import read_sources
 from relay.config.endpoint import SettingsError, read_api_endpoint, read_endpoints, read_tls
@@ -36,9 +36,9 @@ from relay.config.settings import (
     Server,
     SourceSettings,
 )
-from relay.config.source import UnreadableError, read_source
+from relay.config.source import UnreadableError, read_source, substituted
 from relay.config.values import parse_event_type
-from relay.model import Endpoint, Source
+from relay.model import Endpoint, Secret, Source
 
 __all__ = [
     "STANDARD_SCHEDULE",
@@ -59,6 +59,7 @@ __all__ = [
     "parse_rate",
     "parse_size",
     "read_api_endpoint",
+    "read_database",
 ]
 
 T = TypeVar("T")
@@ -111,6 +112,11 @@ def load(path: Path, environ: Mapping[str, str]) -> Config:
     if report.found:
         raise ConfigError(source.told(report))
     return config
+
+
+def read_database(written: str, environ: Mapping[str, str]) -> Secret:
+    """Read a database's address as `outbox.url` holds it, with what it refers to. Raises WrongValueError."""
+    return parse_database(substituted(written, environ))
 
 
 def _is_there(path: Path) -> bool:

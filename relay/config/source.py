@@ -73,6 +73,11 @@ def read_source(
     return Source(path=path, tables=substituted, lines=lines, variables=variables)
 
 
+def substituted(written: str, environ: Mapping[str, str]) -> str:
+    """Substitute what one value from elsewhere refers to. Raises WrongValueError."""
+    return _REFERENCE.sub(_Substitution(environ, {}, Report())._referred, written)  # noqa: SLF001 - our own
+
+
 def _text_of(path: Path) -> str:
     try:
         data = path.read_bytes()

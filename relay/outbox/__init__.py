@@ -53,6 +53,10 @@ class NewerSchemaError(OutboxError):
     """The outbox was written by a newer relay; it was not touched."""
 
 
+class MovedError(OutboxError):
+    """The outbox was moved elsewhere, or only a part of it is here; it was not touched."""
+
+
 class DamagedError(OutboxError):
     """The file is not an outbox or is damaged, or its disk fails; what the last commit did is unknown."""
 

@@ -8,7 +8,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from relay.outbox import DamagedError, NewerSchemaError, statements
+from relay.outbox import DamagedError, MovedError, NewerSchemaError, moved, statements
 
 APPLICATION_ID = 0x52454C59  # "RELY"
 
@@ -100,14 +100,15 @@ VERSION_3 = (
 VERSIONS = (VERSION_1, VERSION_2, VERSION_3)
 
 
-def inspect(path: Path) -> None:
+def inspect(path: Path, *, moving: bool = False) -> None:
     """Raise unless the file is an outbox that can be read, without changing a byte of it.
 
-    A connection that may write puts the log ahead into the file when it is closed, also into a damaged one.
+    One that was moved is one only for whoever is `moving`. A connection that may write puts the log ahead
+    into the file when it is closed, also into a damaged one.
     """
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
         try:
-            version = _version(db, str(path))
+            version = _version(db, str(path), moving=moving)
         except DamagedError as error:
             if getattr(error.__cause__, "sqlite_errorname", "") == "SQLITE_READONLY_ROLLBACK":
                 return  # the very first start was cut off; nothing is in it, and who may write rolls it back
@@ -117,9 +118,16 @@ def inspect(path: Path) -> None:
             statements.counts(db)
 
 
-def prepare(db: sqlite3.Connection, path: str, synchronous: str, max_bytes: int | None) -> None:
+def prepare(
+    db: sqlite3.Connection,
+    path: str,
+    synchronous: str = "full",
+    max_bytes: int | None = None,
+    *,
+    moving: bool = False,
+) -> None:
     """Bring the file to the current schema, or raise and leave it as it was."""
-    version = _version(db, path)
+    version = _version(db, path, moving=moving)
     # Only before the first table; the freed pages are handed back in small steps.
     db.execute("PRAGMA auto_vacuum = INCREMENTAL")
     (mode,) = db.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -138,12 +146,14 @@ def prepare(db: sqlite3.Connection, path: str, synchronous: str, max_bytes: int 
     if version < len(VERSIONS):
         # From here on the file itself says what it is, so a lost log ahead cannot pass for a new outbox.
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    if not moving:
+        moved.change(db)
     if max_bytes is not None:
         (page_size,) = db.execute("PRAGMA page_size").fetchone()
         db.execute(f"PRAGMA max_page_count = {max_bytes // page_size}").fetchall()
 
 
-def _version(db: sqlite3.Connection, path: str) -> int:
+def _version(db: sqlite3.Connection, path: str, *, moving: bool) -> int:
     try:
         (application,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
@@ -152,7 +162,13 @@ def _version(db: sqlite3.Connection, path: str) -> int:
         raise DamagedError(
             f"{path} cannot be read as an outbox ({error}): restore a backup or move it away"
         ) from error
-    if application != APPLICATION_ID and (tables or application):
+    if application == moved.APPLICATION_ID and not moving:
+        note = moved.read(db)
+        raise MovedError(
+            f"{path} was moved to {note.place if note else 'a database'}: "
+            "set outbox.url in place of outbox.path, or take the move back with relay move --undo"
+        )
+    if application not in {APPLICATION_ID, moved.APPLICATION_ID} and (tables or application):
         raise DamagedError(f"{path} is an SQLite database, but not an outbox: choose another outbox.path")
     if version > len(VERSIONS):
         raise NewerSchemaError(
@@ -167,7 +183,8 @@ def _apply(db: sqlite3.Connection, number: int, steps: tuple[str, ...]) -> None:
     try:
         for step in steps:
             db.execute(step)
-        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        if number == 1:
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {number}")
         db.execute("COMMIT")
     except BaseException:

@@ -7,7 +7,7 @@
 
 _shtab_relay_secret_subparsers=(new)
 _shtab_relay_ops_subparsers=(grafana alerts submit-sql)
-_shtab_relay_subparsers=(serve check demo listen verify healthcheck send test status drain backup reload events show replay endpoints secret ops completion version)
+_shtab_relay_subparsers=(serve check demo listen verify healthcheck send test status drain backup move reload events show replay endpoints secret ops completion version)
 
 _shtab_relay_serve_option_strings=(-h --help --config)
 _shtab_relay_check_option_strings=(-h --help --config --connect --json)
@@ -20,6 +20,7 @@ _shtab_relay_test_option_strings=(-h --help --endpoint --url --json)
 _shtab_relay_status_option_strings=(-h --help --watch --interval --url --json)
 _shtab_relay_drain_option_strings=(-h --help --timeout --url --json)
 _shtab_relay_backup_option_strings=(-h --help --url --json)
+_shtab_relay_move_option_strings=(-h --help --to --undo --config --json)
 _shtab_relay_reload_option_strings=(-h --help --url --json)
 _shtab_relay_events_option_strings=(-h --help --event --endpoint --state --since --until --limit --url --json)
 _shtab_relay_show_option_strings=(-h --help --url --json)
@@ -45,12 +46,13 @@ _shtab_relay_verify___body_COMPGEN=_shtab_compgen_files
 _shtab_relay_verify___secret_file_COMPGEN=_shtab_compgen_files
 _shtab_relay_healthcheck___config_COMPGEN=_shtab_compgen_files
 _shtab_relay_backup_pos_0_COMPGEN=_shtab_compgen_files
+_shtab_relay_move___config_COMPGEN=_shtab_compgen_files
 
 _shtab_relay_endpoints_pos_0_choices=(list pause resume remove rotate-secret)
 _shtab_relay_secret_pos_0_choices=(new)
 _shtab_relay_ops_pos_0_choices=(grafana alerts submit-sql)
 _shtab_relay_completion_pos_0_choices=(bash zsh fish)
-_shtab_relay_pos_0_choices=(serve check demo listen verify healthcheck send test status drain backup reload events show replay endpoints secret ops completion version)
+_shtab_relay_pos_0_choices=(serve check demo listen verify healthcheck send test status drain backup move reload events show replay endpoints secret ops completion version)
 
 _shtab_relay_serve__h_nargs=0
 _shtab_relay_serve___help_nargs=0
@@ -85,6 +87,10 @@ _shtab_relay_drain___json_nargs=0
 _shtab_relay_backup__h_nargs=0
 _shtab_relay_backup___help_nargs=0
 _shtab_relay_backup___json_nargs=0
+_shtab_relay_move__h_nargs=0
+_shtab_relay_move___help_nargs=0
+_shtab_relay_move___undo_nargs=0
+_shtab_relay_move___json_nargs=0
 _shtab_relay_reload__h_nargs=0
 _shtab_relay_reload___help_nargs=0
 _shtab_relay_reload___json_nargs=0

@@ -50,7 +50,7 @@ function _shtab_relay_using
   test "$_shtab_relay_cmdpath" = "$argv"
 end
 
-set -g _shtab_relay_commands serve check demo listen verify healthcheck send test status drain backup reload events show replay endpoints secret 'secret new' ops 'ops grafana' 'ops alerts' 'ops submit-sql' completion version
+set -g _shtab_relay_commands serve check demo listen verify healthcheck send test status drain backup move reload events show replay endpoints secret 'secret new' ops 'ops grafana' 'ops alerts' 'ops submit-sql' completion version
 set -g _shtab_relay_opts_with_value --answer --at --body --cert --config --count --data --endpoint --event --header --header-scheme --headers-file --idempotency-key --interval --key --limit --overlap --port --rate --schema --secret-file --since --state --timeout --to --until --url
 
 complete -c relay -e
@@ -120,6 +120,12 @@ complete -c relay -n '_shtab_relay_using backup' -s h -l help -d 'show this help
 complete -c relay -n '_shtab_relay_using backup' -l url -x -d 'where the relay listens, http://HOST:PORT or unix:/PATH (default: $RELAY_URL, else http://127.0.0.1:8484); its token is taken from $RELAY_TOKEN'
 complete -c relay -n '_shtab_relay_using backup' -l json -d 'print JSON, one object a line'
 complete -c relay -n '_shtab_relay_using backup; and test $_shtab_relay_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'where to; a backup there is replaced once the new one is whole'
+complete -c relay -n '_shtab_relay_using; and test $_shtab_relay_npos -eq 0' -a move -d 'Move the outbox from its SQLite file into PostgreSQL, while no relay runs on it.'
+complete -c relay -n '_shtab_relay_using move' -s h -l help -d 'show this help message and exit'
+complete -c relay -n '_shtab_relay_using move' -l to -x -d 'the database, as outbox.url names it: postgresql://USER@HOST/DATABASE; a password as ${env:NAME}, or from $PGPASSWORD or ~/.pgpass'
+complete -c relay -n '_shtab_relay_using move' -l undo -d 'let the file be an outbox again, as it was when it was moved'
+complete -c relay -n '_shtab_relay_using move' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the config file (default: $RELAY_CONFIG, else ./relay.toml, else /etc/relay/relay.toml)'
+complete -c relay -n '_shtab_relay_using move' -l json -d 'print JSON, one object a line'
 complete -c relay -n '_shtab_relay_using; and test $_shtab_relay_npos -eq 0' -a reload -d 'Let the running relay read its config again; one with mistakes changes nothing.'
 complete -c relay -n '_shtab_relay_using reload' -s h -l help -d 'show this help message and exit'
 complete -c relay -n '_shtab_relay_using reload' -l url -x -d 'where the relay listens, http://HOST:PORT or unix:/PATH (default: $RELAY_URL, else http://127.0.0.1:8484); its token is taken from $RELAY_TOKEN'

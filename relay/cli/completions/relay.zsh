@@ -19,6 +19,7 @@ _shtab_relay_commands() {
     events:'List events, newest first.'
     healthcheck:'Tell by the exit code whether the relay is ready, for a container'"'"'s probe.'
     listen:'Receive deliveries on this machine, verify their signatures and print one line for each.'
+    move:'Move the outbox from its SQLite file into PostgreSQL, while no relay runs on it.'
     ops:'Print what comes with the relay for Prometheus, Grafana and PostgreSQL.'
     reload:'Let the running relay read its config again; one with mistakes changes nothing.'
     replay:'Send again one event, or what an endpoint missed.'
@@ -153,6 +154,17 @@ _shtab_relay_listen_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_relay_listen_defaults_added=0
+
+_shtab_relay_move_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--to[the database, as outbox.url names it\: postgresql\:\/\/USER\@HOST\/DATABASE\; a password as \$\{env\:NAME\}, or from \$PGPASSWORD or \~\/.pgpass]:URL:"
+  "--undo[let the file be an outbox again, as it was when it was moved]"
+  "--config[the config file (default\: \$RELAY_CONFIG, else .\/relay.toml, else \/etc\/relay\/relay.toml)]:PATH:_files"
+  "--json[print JSON, one object a line]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_relay_move_defaults_added=0
 
 _shtab_relay_ops_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -330,6 +342,7 @@ _shtab_relay() {
         events) _arguments -C -s $_shtab_relay_events_options ;;
         healthcheck) _arguments -C -s $_shtab_relay_healthcheck_options ;;
         listen) _arguments -C -s $_shtab_relay_listen_options ;;
+        move) _arguments -C -s $_shtab_relay_move_options ;;
         ops) _shtab_relay_ops ;;
         reload) _arguments -C -s $_shtab_relay_reload_options ;;
         replay) _arguments -C -s $_shtab_relay_replay_options ;;

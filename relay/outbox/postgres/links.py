@@ -22,7 +22,7 @@ CONNECT_SECONDS = 5.0
 LIMIT_SECONDS = 10.0  # of one use: a few statements on few rows
 IDLE_MS = 5_000  # that a transaction may stay open while its relay says nothing, as when it is stopped
 CACHE = "statement_cache_size"
-# A plan made while a table was small must not walk over it when it has grown; a pooler knows no such settings.
+# A plan made while a table was small must not walk over it once it has grown; poolers know no such settings.
 SETTINGS = {"application_name": "relay", "enable_seqscan": "off"}
 
 BROKEN = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)

@@ -16,6 +16,7 @@ from typing import Protocol
 from asyncpg import Connection
 
 from relay.outbox import OutboxError, UnavailableError
+from relay.outbox.postgres import schema
 from relay.outbox.postgres.links import AgainError, Links, transaction
 from relay.outbox.sharing import Sharing
 
@@ -86,6 +87,7 @@ class Membership:
         async with self._links.link() as link:
             async with transaction(link):
                 number, self.revision = await link.fetchrow(JOIN, self._name)
+                await schema.refuse_part(link, self._links.name)  # a move locks out who joins, then looks
                 await link.execute(HOLD, number, self.endpoints)
             self.id = number
             self._holds_until = begun + self._dead_seconds

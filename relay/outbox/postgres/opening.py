@@ -29,6 +29,7 @@ async def open_postgres(
         listening = Links(sharing.listen_url or url, 1)
     try:
         async with writer.link(MIGRATION_SECONDS) as link:
+            await schema.refuse_part(link, writer.name)
             await schema.prepare(link, writer.name)
         async with asyncio.TaskGroup() as tasks:
             outbox = PostgresOutbox(

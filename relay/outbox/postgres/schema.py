@@ -6,7 +6,7 @@ appended. One relay migrates at a time, and what a newer one has written is left
 
 from asyncpg import Connection
 
-from relay.outbox import DamagedError, NewerSchemaError
+from relay.outbox import DamagedError, MovedError, NewerSchemaError
 
 LOCK = 0x52454C59  # "RELY": the advisory lock around a migration, which PostgreSQL has and some others ignore
 TURNS = 1024
@@ -143,6 +143,17 @@ async def prepare(link: Connection, name: str) -> None:
                 await link.execute(step)
         if version < len(VERSIONS):
             await link.execute("UPDATE relay.version SET number = $1", len(VERSIONS))
+
+
+async def refuse_part(link: Connection, name: str) -> None:
+    """Raise MovedError while only a part of an outbox has been moved here."""
+    if await link.fetchval("SELECT to_regclass('relay.moves') IS NOT NULL"):
+        source = await link.fetchval("SELECT source FROM relay.moves WHERE NOT done")
+        if source is not None:
+            raise MovedError(
+                f"{name} holds only a part of {source} so far: run relay move again until it is done, "
+                "or drop the schema relay"
+            )
 
 
 async def _version(link: Connection, name: str) -> int:
