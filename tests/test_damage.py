@@ -50,23 +50,30 @@ def start(folder: Path) -> tuple[int, list[str]]:
     return ended.returncode, [line for line in ended.stderr.splitlines() if '"failed"' in line]
 
 
+def settle(path: Path) -> None:
+    """Put the log ahead into the file, as if the relay was killed right then: it would heal the file."""
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+    path.with_name("relay.db-wal").touch()
+
+
 def header(path: Path) -> None:
+    settle(path)
     with path.open("r+b") as file:
         file.write(b"\0" * 64)
 
 
 def pages(path: Path) -> None:
-    """Overwrite everything behind the first page, and let the log ahead be in the file before."""
-    with sqlite3.connect(path) as db:
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    db.close()
-    path.with_name("relay.db-wal").touch()  # as if the relay had been killed right then
+    """Overwrite everything behind the first page."""
+    settle(path)
     with path.open("r+b") as file:
         file.seek(4096)
         file.write(os.urandom(path.stat().st_size - 4096))
 
 
 def text(path: Path) -> None:
+    settle(path)
     path.write_text("this is no database\n" * 100)
 
 
@@ -85,9 +92,8 @@ def log_ahead_lost(path: Path) -> None:
 def newer(path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 99")
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.close()
-    path.with_name("relay.db-wal").touch()  # as if the relay had been killed right then
+    settle(path)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ def translated(error: sqlite3.Error, path: Path) -> Exception:
     name = getattr(error, "sqlite_errorname", "")
     if name == "SQLITE_FULL":
         return FullError(f"there is no room for {path}: free some, what was accepted stays safe")
-    if name.startswith(
-        ("SQLITE_IOERR", "SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_CANTOPEN", "SQLITE_READONLY")
-    ):
+    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        return DamagedError(
+            f"{path} is damaged ({error}, {name}): check the disk, restore a backup or move it away"
+        )
+    if name.startswith(("SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY")):
         return DamagedError(
             f"{path} cannot be read or written ({error}, {name}): check the disk, then start again"
         )
