@@ -9,6 +9,7 @@
     store        what every verb means
     changes      what rearranges many deliveries, step by step
     listing      looking at what is kept
+    move, arrival     an SQLite outbox comes in: which step comes when; each step
 
 The truth is in the database alone: what is claimed stands in a table there, because no relay knows what the
 others do. Kept to SQL that other engines which speak its protocol have as well, but for what is said where

@@ -12,6 +12,7 @@ from typing import Any
 from asyncpg import Connection
 
 from relay.outbox import MovedError
+from relay.outbox.postgres import schema
 from relay.outbox.postgres.statements import columns, plain
 from relay.outbox.statements import STATES, last_seq
 
@@ -77,10 +78,10 @@ class Stand(Enum):
 
 async def stand(link: Connection, token: str | None) -> Stand:
     """Look what is here, for the move with this token."""
-    if not await link.fetchval("SELECT to_regclass('relay.version') IS NOT NULL"):
+    if not await schema.has(link, "version"):
         return Stand.NOTHING
     row = None
-    if await link.fetchval("SELECT to_regclass('relay.moves') IS NOT NULL"):
+    if await schema.has(link, "moves"):
         row = await link.fetchrow("SELECT token, done FROM relay.moves")
     if row is None:
         return Stand.OTHER if await link.fetchval(USED) else Stand.NOTHING
@@ -91,6 +92,7 @@ async def stand(link: Connection, token: str | None) -> Stand:
 
 async def lock(link: Connection) -> None:
     """Let no relay join until the transaction is over."""
+    # PostgreSQL has this, some others that speak its protocol have not.
     await link.execute("LOCK TABLE relay.relays IN EXCLUSIVE MODE")
 
 

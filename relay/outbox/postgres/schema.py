@@ -147,7 +147,7 @@ async def prepare(link: Connection, name: str) -> None:
 
 async def refuse_part(link: Connection, name: str) -> None:
     """Raise MovedError while only a part of an outbox has been moved here."""
-    if await link.fetchval("SELECT to_regclass('relay.moves') IS NOT NULL"):
+    if await has(link, "moves"):
         source = await link.fetchval("SELECT source FROM relay.moves WHERE NOT done")
         if source is not None:
             raise MovedError(
@@ -156,8 +156,16 @@ async def refuse_part(link: Connection, name: str) -> None:
             )
 
 
+async def has(link: Connection, table: str) -> bool:
+    """Tell whether there is such a table now; that a name was unknown is remembered, rows are not."""
+    found: bool = await link.fetchval(
+        "SELECT EXISTS (SELECT 1 FROM pg_tables WHERE schemaname = 'relay' AND tablename = $1)", table
+    )
+    return found
+
+
 async def _version(link: Connection, name: str) -> int:
-    if await link.fetchval("SELECT to_regclass('relay.version') IS NOT NULL"):
+    if await has(link, "version"):
         return int(await link.fetchval("SELECT number FROM relay.version"))
     strange = "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'relay'"
     if await link.fetchval(strange):
