@@ -207,7 +207,8 @@ async def test_an_endpoint_that_was_removed_is_in_no_scrape(relay):
 def now(endpoints: dict[str, EndpointNow]) -> Now:
     return Now(
         build={"version": "1"}, endpoints=endpoints, refusing=False, file_bytes=1, log_bytes=1, used_bytes=1,
-        max_bytes=None, max_pending=None, disk_free_bytes=1, connections=1, sending=1, most_sending=1,
+        max_bytes=None, max_pending=None, disk_free_bytes=1,
+        relays=1, dropped=0, connections=1, sending=1, most_sending=1,
     )  # fmt: skip
 
 

@@ -88,6 +88,8 @@ async def look(state: State) -> Now:
         max_bytes=size.bounds.max_bytes,
         max_pending=size.bounds.max_pending,
         disk_free_bytes=size.disk_free_bytes,
+        relays=size.relays,
+        dropped=size.dropped,
         connections=sum(len(each.server.connections) for each in state.servers if each.server is not None),
         sending=state.sending(),
         most_sending=state.most_sending,

@@ -50,6 +50,8 @@ class Now:
     max_bytes: int | None
     max_pending: int | None
     disk_free_bytes: int | None
+    relays: int
+    dropped: int
     connections: int
     sending: int
     most_sending: int
@@ -230,6 +232,9 @@ def _store(metrics: Metrics, now: Now) -> Iterator[Metric]:
     yield _gauge("relay_outbox_max_bytes", "outbox.max_size.", now.max_bytes)
     yield _gauge("relay_outbox_max_pending", "outbox.max_pending, absent without one.", now.max_pending)
     yield _gauge("relay_outbox_disk_free_bytes", "What is left of the outbox's disk.", now.disk_free_bytes)
+    yield _gauge("relay_outbox_relays", "Relays that share the outbox, as far as is known.", now.relays)
+    text = "Outcomes not kept, as another relay had the delivery by then."
+    yield _family("counter", "relay_outbox_outcomes_dropped", text, (), [((), now.dropped)])
     yield _gauge("relay_outbox_refusing", "1 while no event can be kept: full, or failing.", now.refusing)
 
 

@@ -106,6 +106,8 @@ class Size:
     used_bytes: int  # what may be used again left out; measured now and then
     disk_free_bytes: int | None  # None: a database does not tell
     bounds: Bounds
+    relays: int = 1  # that share it
+    dropped: int = 0  # outcomes of ours, as another relay had the delivery by then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--events", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=20261125)
     parser.add_argument("--only", choices=("calm", "troubled"))
-    parser.add_argument("--rate", type=float, default=200.0, help="events a second, when troubled")
+    parser.add_argument("--rate", type=float, default=1000.0, help="events a second, when troubled")
     parser.add_argument("--folder", type=Path, help="where the logs stay (default: nowhere)")
     return parser.parse_args(words)
 
@@ -43,7 +43,9 @@ async def run(given: argparse.Namespace, folder: Path) -> bool:
                 print(f"calm\n{report}\n", flush=True)
                 fine = whole(report, once=True)
             if given.only != "calm":
-                report = await runs.troubled(folder / "troubled", zygote, server, rate=given.rate, **how)
+                report = await runs.troubled(
+                    folder / "troubled", zygote, server, rate=given.rate, posters=64, **how
+                )
                 print(f"troubled\n{report}\n", flush=True)
                 fine = whole(report, once=False) and fine
     return fine

@@ -11,6 +11,7 @@ from tests.durability.world import posting
 from tests.durability.zygote import Zygote
 from tests.relays.world import DEAD_MS, Relays
 
+PATIENCE_SECONDS = 300.0  # for a backlog to be worked off on a busy machine
 CALM = (Endpoint(id="steady", events=("*",)), Endpoint(id="ordered", events=("load.*",), ordered=True))
 
 
@@ -23,10 +24,11 @@ async def calm(
         began = time.monotonic()
         await world.driver.post(events, at_once=32)
         posted = time.monotonic()
-        await world.drained()
+        await world.drained(within=PATIENCE_SECONDS)
         world.counts["events/s in"] = round(events / (posted - began))
         world.counts["deliveries/s"] = round(2 * events / (time.monotonic() - began))
-        return await world.finish()
+        world.counts["seconds"] = round(time.monotonic() - began)
+        return await world.finish(within=PATIENCE_SECONDS)
 
 
 async def troubled(
@@ -39,15 +41,17 @@ async def troubled(
     events: int = 1_000_000,
     seconds: float = 86_400.0,
     rate: float = 200.0,
+    posters: int = 16,
 ) -> Report:
     """Relays are killed and frozen past their lease, and PostgreSQL crashes, at random, under load."""
     async with Relays(folder, zygote, server, count=relays, seed=seed, endpoints=THREE, rate=rate) as world:
-        deadline = time.monotonic() + seconds
-        async with posting(world, most=events, posters=16):
+        began = time.monotonic()
+        deadline = began + seconds
+        async with posting(world, most=events, posters=posters):
             while time.monotonic() < deadline and len(world.driver.acknowledged) < events * 0.98:
                 await asyncio.sleep(world.chance.uniform(0.1, 0.8))
                 await trouble(world)
-        return await world.finish()
+        return await world.finish(within=PATIENCE_SECONDS)
 
 
 async def trouble(world: Relays) -> None:

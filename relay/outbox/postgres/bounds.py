@@ -20,6 +20,8 @@ class Room:
     def __init__(self, name: str, bounds: Bounds) -> None:
         self.bytes = 0
         self.pending = 0  # deliveries, of all relays
+        self.relays = 1
+        self.dropped = 0  # outcomes
         self._name = name
         self._bounds = bounds
 
@@ -27,6 +29,7 @@ class Room:
         """Look how large the outbox is."""
         self.bytes = await link.fetchval(BYTES)
         self.pending = await link.fetchval(PENDING)
+        self.relays = await link.fetchval("SELECT count(*) FROM relay.relays")
 
     def size(self) -> Size:
         return Size(
@@ -35,6 +38,8 @@ class Room:
             used_bytes=self.bytes,
             disk_free_bytes=None,
             bounds=self._bounds,
+            relays=self.relays,
+            dropped=self.dropped,
         )
 
     def refusal(self, more: int = 1) -> str | None:

@@ -93,8 +93,13 @@ async def keep(link: Connection, *, endpoint: KeptEndpoint, relay: int) -> Taken
         return await _taken(link, rows, relay, {})
 
 
-async def drop(link: Connection, *, id_: str, aside: KeptEndpoint | None, relay: int) -> bool:
-    """Let an endpoint be no more, or, what is put aside, no more of ours; True if nobody has it then."""
+async def drop(
+    link: Connection, *, id_: str, aside: KeptEndpoint | None, relay: int
+) -> tuple[bool, int | None]:
+    """Let an endpoint be no more, or, what is put aside, no more of ours.
+
+    Returns whether nobody has it then, and the revision that makes.
+    """
     async with transaction(link):
         await link.execute(EVERYBODY)
         ours = "" if aside is None else " AND h.relay = $2"
@@ -113,7 +118,7 @@ async def drop(link: Connection, *, id_: str, aside: KeptEndpoint | None, relay:
             aside.paused if aside is not None else False,
         )
         await link.execute(REVISED)
-    return dropped is not None
+        return dropped is not None, await link.fetchval(REVISION, relay)
 
 
 async def follow(link: Connection, *, ids: Sequence[str], relay: int) -> Taken:
@@ -132,10 +137,11 @@ async def keep_health(link: Connection, *, number: int, health: str) -> None:
     await link.execute("UPDATE relay.endpoints SET health = $2 WHERE number = $1", number, health)
 
 
-async def kept(link: Connection) -> list[KeptEndpoint]:
-    """Return every endpoint there ever was."""
+async def kept(link: Connection, *, relay: int) -> tuple[list[KeptEndpoint], int | None]:
+    """Return every endpoint there ever was, and the revision that this is of, or a later one."""
+    revision = await link.fetchval(REVISION, relay)
     rows = await link.fetch("SELECT id, settings, paused, health FROM relay.endpoints ORDER BY number")
     return [
         KeptEndpoint(id=id_, settings=settings, paused=paused, health=read_health(health))
         for id_, settings, paused, health in rows
-    ]
+    ], revision

@@ -7,8 +7,9 @@ cancel.
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
@@ -18,11 +19,14 @@ from relay.model import Secret
 from relay.outbox import AwayError, DamagedError, FullError, OutboxError
 from relay.outbox.place import shown
 
+T = TypeVar("T")
+
 CONNECT_SECONDS = 5.0
 LIMIT_SECONDS = 10.0  # of one use: a few statements on few rows
 IDLE_MS = 5_000  # that a transaction may stay open while its relay says nothing, as when it is stopped
+LOOKS = 2  # before the others that are in the way are left to themselves
 CACHE = "statement_cache_size"
-# A plan made while a table was small must not walk over it once it has grown; poolers know no such settings.
+# A plan made while a table was small must not walk over it when it has grown; no pooler knows such settings.
 SETTINGS = {"application_name": "relay", "enable_seqscan": "off"}
 
 BROKEN = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
@@ -74,6 +78,16 @@ class Links:
                 self._idle.append(connection)
             finally:
                 limit.cancel()
+
+    async def look(self, look: Callable[[Connection], Awaitable[T]]) -> T:
+        """Read with a connection to ourselves. Raises OutboxError."""
+        for _ in range(LOOKS):
+            try:
+                async with self.link() as link:
+                    return await look(link)
+            except AgainError:
+                continue
+        raise AwayError(f"{self.name} is too busy: what was accepted is safe")
 
     async def open(self) -> Connection:
         """Open one connection that the caller has to itself. Raises OutboxError."""

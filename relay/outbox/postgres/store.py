@@ -6,16 +6,13 @@ looking (`listing.py`).
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import orjson
-from asyncpg import Connection
 
-from relay.logs import Seldom
 from relay.model import Attempt, Delivery, Health, Receipt, Submission, Verdict
 from relay.outbox import (
     AwayError,
@@ -37,7 +34,7 @@ from relay.outbox.postgres.bounds import Room
 from relay.outbox.postgres.claims import Claims
 from relay.outbox.postgres.committer import Committer
 from relay.outbox.postgres.endpoints import Taken
-from relay.outbox.postgres.links import AgainError, Links
+from relay.outbox.postgres.links import Links
 from relay.outbox.postgres.membership import Membership
 from relay.outbox.postgres.waiting import Waiting
 from relay.outbox.postgres.watching import Watch
@@ -47,8 +44,6 @@ from relay.outbox.sharing import Neighbours, Sharing
 from relay.outbox.waiting import START
 
 log = logging.getLogger("relay.outbox")
-
-T = TypeVar("T")
 
 EVER_MS = 1 << 62
 SPARED_MS = 5_000  # less than a clock that is set right
@@ -69,7 +64,7 @@ class PostgresOutbox:
         sharing: Sharing,
         committed: Committed,
     ) -> None:
-        self._links = links
+        self._look = links.look
         self._member = Membership(links, sharing)
         self._room = Room(links.name, bounds)
         self._watch = Watch(links, listening, self._member, sharing)
@@ -91,7 +86,6 @@ class PostgresOutbox:
         self.is_current = self._watch.is_current
         self.holds = self._claims.holds
         self._waiting: dict[str, Waiting] = {}
-        self._seldom = Seldom()
         self._forgotten = 0  # how far the walk over old events has come
 
     # The verbs
@@ -104,7 +98,8 @@ class PostgresOutbox:
         return {id_: count for id_, count in cancelled.items() if count}
 
     async def endpoints(self) -> list[KeptEndpoint]:
-        return await self._look(endpoints.kept)
+        kept, self._watch.revision = await self._look(partial(endpoints.kept, relay=self._member.id))
+        return kept
 
     async def keep_endpoint(self, endpoint: KeptEndpoint) -> None:
         taken = await self._change(partial(endpoints.keep, endpoint=endpoint, relay=self._member.id))
@@ -122,12 +117,13 @@ class PostgresOutbox:
         self._committer.numbers = {id_: each for id_, each in before.items() if id_ != endpoint}
         try:
             drop = partial(endpoints.drop, id_=endpoint, aside=aside, relay=self._member.id)
-            over = await self._change(drop)
+            over, revision = await self._change(drop)
         except BaseException:
             self._committer.numbers = self._committer.numbers | {endpoint: number}
             raise
         self._member.endpoints = list(self._committer.numbers.values())
         self._waiting.pop(endpoint, None)
+        self._watch.revised(revision)
         return await self._cancel(number) if over else 0
 
     async def keep_health(self, endpoint: str, health: Health) -> None:
@@ -191,9 +187,10 @@ class PostgresOutbox:
         version = self._watch.versions[delivery.handle[1]]
         record = Record(delivery, attempt, verdict, health, news, epoch, version)
         told = await self._committer.record(record)
-        if told is None and self._seldom.passes("dropped") is not None:
-            event_id = delivery.event.id
-            log.warning("outcome_dropped", extra={"event_id": event_id, "endpoint": delivery.endpoint})
+        if told is None:
+            self._room.dropped += 1
+            event_id, endpoint = delivery.event.id, delivery.endpoint
+            log.warning("outcome_dropped", extra={"event_id": event_id, "endpoint": endpoint})
         return told or []
 
     async def release(self, deliveries: Sequence[Delivery]) -> None:
@@ -346,16 +343,6 @@ class PostgresOutbox:
                 with suppress(UnavailableError):
                     await self._look(self._room.measure)
 
-    async def _look(self, look: Callable[[Connection], Awaitable[T]]) -> T:
-        """Read with a connection to ourselves; a connection that had died while idle is no answer."""
-        for _ in range(2):
-            try:
-                async with self._links.link() as link:
-                    return await look(link)
-            except AgainError:
-                continue
-        raise AwayError(f"{self._links.name} is too busy: what was accepted is safe")
-
     def _settle(self, batch: Batch, written: Written) -> None:
         """Take over what is kept now."""
         for record in batch.records:
@@ -380,7 +367,7 @@ class PostgresOutbox:
         waiting = {id_: self._waiting.get(id_) or Waiting(number) for id_, number in numbers.items()}
         self._waiting = self._watch.waiting = waiting
         self._watch.healths.update(taken.healths)
-        self._watch.revision = taken.revision
+        self._watch.revised(taken.revision)
 
     def _rewind(self, endpoint: str, due_ms: int) -> None:
         if endpoint in self._waiting:

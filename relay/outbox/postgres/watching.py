@@ -34,7 +34,7 @@ class Watch:
     def __init__(self, links: Links, listening: Links | None, member: Membership, sharing: Sharing) -> None:
         self.neighbours: Neighbours | None = None
         self.waiting: Mapping[str, Waiting] = {}
-        self.revision = -1  # of the endpoints as they were last read
+        self.revision: int | None = None  # of the endpoints as they were last read
         self.healths: dict[int, str | None] = {}  # by the endpoint's number, as last read or written
         self.versions: Counter[int] = Counter()  # of those, risen with each that another relay wrote
         self._links = links
@@ -113,6 +113,11 @@ class Watch:
             self.healths[number] = stands
         else:
             self.stands(endpoint, number, stands)
+
+    def revised(self, revision: int | None) -> None:
+        """Take note of a change of our own; if others changed something meanwhile, we have yet to read it."""
+        if self.revision is not None and revision == self.revision + 1:
+            self.revision = revision
 
     async def is_current(self) -> bool:
         """Tell whether endpoints are as we read them last."""
