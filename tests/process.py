@@ -71,7 +71,7 @@ class RelayProcess:
             )
         self.wait_until_ready()
 
-    def wait_until_ready(self, within: float = 15.0) -> None:
+    def wait_until_ready(self, within: float = 60.0) -> None:
         deadline = time.monotonic() + within
         while time.monotonic() < deadline:
             assert self.process is not None
@@ -101,7 +101,7 @@ class RelayProcess:
         self.process.kill()
         self.process.wait(10)
 
-    def stop(self, within: float = 15.0) -> int:
+    def stop(self, within: float = 60.0) -> int:
         """Stop in order; return the exit code."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)

@@ -122,7 +122,7 @@ def altered(change: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_an_event_that_is_not_taken_fails_the_demo_by_name(tmp_path):
     """A proof that cannot say no proves nothing: here the first retry comes too late."""
-    change = "demo.LIMIT_SECONDS = 3; demo.CONFIG = demo.CONFIG.replace('[\"500ms\"', '[\"1h\"')"
+    change = "demo.LIMIT_SECONDS = 6; demo.CONFIG = demo.CONFIG.replace('[\"500ms\"', '[\"1h\"')"
     told = altered(change, tmp_path)
 
     assert told.returncode == 1

@@ -324,7 +324,9 @@ KNOWN = {
     ("dialling.py", "connect"): "a datagram socket that sends nothing",
     ("reach.py", "connect"): "of the same connector, for a look that sends nothing",
     ("systemd.py", "sendto"): "to the unix socket of the service manager",
-    ("serve.py", "connect_ex"): "to the unix socket of another relay, to see whether it lives",
+    ("database.py", "connect"): "to a source, the app's own database, which only the config names",
+    ("links.py", "connect"): "to the outbox's database, which only the config names",
+    ("listening.py", "connect_ex"): "to the unix socket of another relay, to see whether it lives",
     ("client.py", "HTTPConnection"): "of the command line, to the relay",
     ("client.py", "connect"): "of the command line, to the relay",
 }

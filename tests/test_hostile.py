@@ -87,7 +87,7 @@ async def test_the_whole_set_at_once_weighs_little(receiver, tmp_path):
         stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(110):
             said, _ = await process.communicate()
     finally:
         if process.returncode is None:

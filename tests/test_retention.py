@@ -46,7 +46,7 @@ async def test_between_two_steps_the_outbox_is_left_alone_for_longer_than_a_step
     clock = WaitedClock()
     outbox = SlowOutbox(clock)
     with suppress(asyncio.CancelledError):
-        await forget(outbox, clock, lambda: 60.0)
+        await forget(outbox, clock, lambda: 60.0, lambda: START_MS)
 
     rest_ms = STEP_SECONDS * 1000 * REST
     assert clock.waits_ms == [rest_ms, rest_ms, PAUSE_MS, PAUSE_MS]

