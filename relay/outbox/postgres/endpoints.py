@@ -6,7 +6,7 @@ revision.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asyncpg import Connection
@@ -30,7 +30,7 @@ class Taken:
 
     numbers: dict[str, int]
     healths: dict[int, str | None]
-    revision: int
+    revision: int | None  # that this made; None: nothing was changed
     absent: dict[str, int] = field(default_factory=dict)  # those that no relay delivers to
 
 
@@ -67,7 +67,7 @@ async def _taken(link: Connection, rows: Sequence[Any], relay: int, absent: dict
     return Taken(
         numbers={row["id"]: row["number"] for row in rows},
         healths={row["number"]: row["health"] for row in rows},
-        revision=revision if revision is not None else -1,
+        revision=revision,
         absent=absent,
     )
 
@@ -129,7 +129,8 @@ async def follow(link: Connection, *, ids: Sequence[str], relay: int) -> Taken:
             "SELECT id, number, health FROM relay.endpoints WHERE live AND id = ANY ($1::text[])", list(ids)
         )
         await _hold(link, relay, [row["number"] for row in rows])
-        return await _taken(link, rows, relay, {})
+        # Of what others have changed since we read the endpoints we know nothing by this.
+        return replace(await _taken(link, rows, relay, {}), revision=None)
 
 
 async def keep_health(link: Connection, *, number: int, health: str) -> None:

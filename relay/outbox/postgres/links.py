@@ -7,6 +7,7 @@ cancel.
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -24,6 +25,7 @@ T = TypeVar("T")
 CONNECT_SECONDS = 5.0
 LIMIT_SECONDS = 10.0  # of one use: a few statements on few rows
 IDLE_MS = 5_000  # that a transaction may stay open while its relay says nothing, as when it is stopped
+AWAY_SECONDS = 0.2  # in which it is not asked again
 LOOKS = 2  # before the others that are in the way are left to themselves
 CACHE = "statement_cache_size"
 # A plan made while a table was small must not walk over it when it has grown; no pooler knows such settings.
@@ -51,6 +53,8 @@ class Links:
         self._dsn, self._cache = _split(url.reveal())
         self._slots = asyncio.Semaphore(most)
         self._idle: list[Connection] = []
+        self._failed: str | None = None
+        self._failed_until = 0.0
 
     @property
     def pooled(self) -> bool:
@@ -61,7 +65,7 @@ class Links:
     async def link(self, seconds: float | None = None) -> AsyncIterator[Connection]:
         """Lend a connection; what goes wrong meanwhile ends it. Raises AgainError, OutboxError."""
         async with self._slots:
-            connection = await self._take()
+            connection = await self._take_unless_away()
             limit = asyncio.get_running_loop().call_later(seconds or LIMIT_SECONDS, connection.terminate)
             try:
                 yield connection
@@ -70,6 +74,7 @@ class Links:
                 meaning = translated(error, self.name)
                 if isinstance(meaning, AwayError):
                     self.close()  # the others will not have fared better
+                    self._away(meaning)
                 raise meaning from error
             except BaseException:
                 connection.terminate()
@@ -108,6 +113,19 @@ class Links:
         for connection in self._idle:
             connection.terminate()
         self._idle.clear()
+
+    async def _take_unless_away(self) -> Connection:
+        """Take a connection; who waited for his turn behind one that failed just now is told the same."""
+        if self._failed is not None and time.monotonic() < self._failed_until:
+            raise AwayError(self._failed)
+        try:
+            return await self._take()
+        except AwayError as error:
+            self._away(error)
+            raise
+
+    def _away(self, error: AwayError) -> None:
+        self._failed, self._failed_until = str(error), time.monotonic() + AWAY_SECONDS
 
     async def _take(self) -> Connection:
         while self._idle:

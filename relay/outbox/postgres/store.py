@@ -40,7 +40,7 @@ from relay.outbox.postgres.waiting import Waiting
 from relay.outbox.postgres.watching import Watch
 from relay.outbox.postgres.writing import Batch, Record, Written
 from relay.outbox.revival import spaced
-from relay.outbox.sharing import Neighbours, Sharing
+from relay.outbox.sharing import Sharing
 from relay.outbox.waiting import START
 
 log = logging.getLogger("relay.outbox")
@@ -84,6 +84,7 @@ class PostgresOutbox:
         self.trouble = self._committer.trouble
         self.size = self._room.size
         self.is_current = self._watch.is_current
+        self.heed = self._watch.heed
         self.holds = self._claims.holds
         self._waiting: dict[str, Waiting] = {}
         self._forgotten = 0  # how far the walk over old events has come
@@ -107,9 +108,6 @@ class PostgresOutbox:
 
     async def follow(self, endpoints_: Sequence[str]) -> None:
         self._take(await self._change(partial(endpoints.follow, ids=endpoints_, relay=self._member.id)), {})
-
-    def heed(self, neighbours: Neighbours) -> None:
-        self._watch.neighbours = neighbours
 
     async def drop_endpoint(self, endpoint: str, aside: KeptEndpoint | None = None) -> int:
         before = self._committer.numbers

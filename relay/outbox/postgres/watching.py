@@ -45,6 +45,11 @@ class Watch:
         self._to_hint = asyncio.Event()
         self._ear: Connection | None = None
 
+    def heed(self, neighbours: Neighbours) -> None:
+        """Tell these from now on, and at once what there is to tell: which part of the pace is ours."""
+        self.neighbours = neighbours
+        self._hinted.set()
+
     def hint(self) -> None:
         """Let the others know that something is due now."""
         if self._member.alive > 1:
@@ -116,7 +121,7 @@ class Watch:
 
     def revised(self, revision: int | None) -> None:
         """Take note of a change of our own; if others changed something meanwhile, we have yet to read it."""
-        if self.revision is not None and revision == self.revision + 1:
+        if self.revision is not None and revision is not None and revision == self.revision + 1:
             self.revision = revision
 
     async def is_current(self) -> bool:
