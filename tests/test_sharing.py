@@ -15,6 +15,7 @@ from tests.lanes import endpoint, until
 from tests.test_endpoints import House, house, settings
 from tests.test_order import keyed
 from tests.test_outbox import DEAD, DELIVERED, NOW, again, attempt, names, submission
+from tests.test_postgres import run
 
 QUICK = Sharing(beat_seconds=0.05, dead_seconds=20.0, look_seconds=0.05)
 MUTE = Sharing(beat_seconds=60.0, dead_seconds=1.5, look_seconds=60.0)  # it beats once, when it joins
@@ -335,3 +336,38 @@ async def test_a_change_here_starts_from_what_was_changed_there_a_moment_before(
     found = one.endpoints.get("mine").endpoint, other.endpoints.get("mine").endpoint
     await until(lambda: one.endpoints.get("mine").endpoint.concurrency == 10)
     assert found[1].description == "9"
+
+
+async def test_what_was_written_for_a_relay_that_is_no_more_has_no_part_of_the_pace_and_goes(
+    opened, postgres_url
+):
+    """A relay may be buried while it takes up its endpoints; each would take a part of the pace for ever."""
+    async with opened() as outbox:
+        await outbox.register(["main"])
+        ear = Ear(outbox)
+        await run(postgres_url, "INSERT INTO relay.holders SELECT number, 999 FROM relay.endpoints")
+        await run(postgres_url, "INSERT INTO relay.tallies (endpoint, relay, dead) VALUES (1, 999, 3)")
+        async with asyncio.timeout(10):
+            while await outbox._look(strays):
+                assert ear.shares.get("main", Share()) == Share()
+                await asyncio.sleep(0.02)
+        assert (await outbox.backlog())["main"].dead == 3
+
+
+async def strays(link) -> int:
+    return await link.fetchval(
+        "SELECT (SELECT count(*) FROM relay.holders WHERE relay = 999)"
+        " + (SELECT count(*) FROM relay.tallies WHERE relay = 999)"
+    )
+
+
+async def test_a_relay_that_lost_its_hold_of_an_endpoint_takes_it_up_again(houses, postgres_url):
+    one, _ = houses
+    await run(postgres_url, "DELETE FROM relay.holders")
+    async with asyncio.timeout(10):
+        while await one.outbox._look(held) < 2:
+            await asyncio.sleep(0.02)
+
+
+async def held(link) -> int:
+    return await link.fetchval("SELECT count(*) FROM relay.holders")

@@ -188,6 +188,7 @@ class Relays(World):
             return int(
                 await connection.fetchval(
                     "SELECT (SELECT count(*) FROM relay.claims) + (SELECT count(*) FROM relay.relays)"
+                    " + (SELECT count(*) FROM relay.holders)"
                 )
             )
         finally:

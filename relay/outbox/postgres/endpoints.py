@@ -58,7 +58,10 @@ async def register(link: Connection, *, ids: Sequence[str], relay: int) -> Taken
 async def _hold(link: Connection, relay: int, numbers: Sequence[int]) -> None:
     await link.execute("DELETE FROM relay.holders WHERE relay = $1", relay)
     await link.execute(
-        "INSERT INTO relay.holders (relay, endpoint) SELECT $1, unnest($2::int[])", relay, numbers
+        "INSERT INTO relay.holders (relay, endpoint) SELECT r.id, unnest($2::int[]) FROM relay.relays r"
+        " WHERE r.id = $1",
+        relay,
+        numbers,
     )
 
 
@@ -85,7 +88,8 @@ async def keep(link: Connection, *, endpoint: KeptEndpoint, relay: int) -> Taken
             endpoint.paused,
         )
         await link.execute(
-            "INSERT INTO relay.holders (relay, endpoint) VALUES ($1, $2) ON CONFLICT DO NOTHING",
+            "INSERT INTO relay.holders (relay, endpoint) SELECT id, $2 FROM relay.relays WHERE id = $1"
+            " ON CONFLICT DO NOTHING",
             relay,
             rows[0]["number"],
         )

@@ -37,6 +37,12 @@ LAPSED = (
     "DELETE FROM relay.claims c WHERE until < clock_timestamp()"
     " OR NOT EXISTS (SELECT 1 FROM relay.relays r WHERE r.id = c.relay) RETURNING event"
 )
+# What a change of endpoints, or of counts, wrote for a relay that was buried meanwhile.
+STRAYS = """
+    SELECT DISTINCT left_over.relay FROM (
+        SELECT relay FROM relay.holders UNION SELECT relay FROM relay.tallies WHERE relay <> 0
+    ) left_over
+    WHERE NOT EXISTS (SELECT 1 FROM relay.relays r WHERE r.id = left_over.relay)"""
 # What it counted is added up under 0, so that there are not ever more rows to add up.
 FOLD = """
     WITH gone AS (DELETE FROM relay.tallies WHERE relay = $1 RETURNING *)
@@ -154,6 +160,9 @@ class Membership:
                 log.warning("relay_buried", extra={"relay": relay, "host": name})
         if lapsed := await link.fetch(LAPSED):
             log.warning("claims_lapsed", extra={"deliveries": len(lapsed)})
+        for (relay,) in await link.fetch(STRAYS):
+            async with transaction(link):
+                await _inherit(link, relay)
         return rest
 
     async def _bury(self, link: Connection, relay: int) -> bool:

@@ -187,10 +187,14 @@ LOOK = """
             )
         ORDER BY d.due, d.event LIMIT 1
     ) AS due, (
-        SELECT count(*) FROM relay.holders h WHERE h.endpoint = t.endpoint
+        SELECT count(*) FROM relay.holders h JOIN relay.relays r ON r.id = h.relay
+        WHERE h.endpoint = t.endpoint
     ) AS relays, (
-        SELECT count(*) FROM relay.holders h WHERE h.endpoint = t.endpoint AND h.relay < $2
-    ) AS place
+        SELECT count(*) FROM relay.holders h JOIN relay.relays r ON r.id = h.relay
+        WHERE h.endpoint = t.endpoint AND h.relay < $2
+    ) AS place, EXISTS (
+        SELECT 1 FROM relay.holders h WHERE h.endpoint = t.endpoint AND h.relay = $2
+    ) AS ours
     FROM unnest($1::int[]) AS t (endpoint) JOIN relay.endpoints p ON p.number = t.endpoint"""
 
 

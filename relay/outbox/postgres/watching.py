@@ -100,6 +100,8 @@ class Watch:
                 told.shared(id_, Share(relays=max(1, row["relays"]), place=row["place"]))
                 if self.healths.get(each.number) == before.get(each.number):  # else this is older
                     self.stands(id_, each.number, row["health"])
+        if not all(row["ours"] for row in found):  # we joined anew while endpoints were changed
+            self.revision = None
         if revision is not None and revision != self.revision:
             told.changed()
 
