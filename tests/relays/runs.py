@@ -27,7 +27,6 @@ async def calm(
         await world.drained(within=PATIENCE_SECONDS)
         world.counts["events/s in"] = round(events / (posted - began))
         world.counts["deliveries/s"] = round(2 * events / (time.monotonic() - began))
-        world.counts["seconds"] = round(time.monotonic() - began)
         return await world.finish(within=PATIENCE_SECONDS)
 
 
@@ -51,6 +50,7 @@ async def troubled(
             while time.monotonic() < deadline and len(world.driver.acknowledged) < events * 0.98:
                 await asyncio.sleep(world.chance.uniform(0.1, 0.8))
                 await trouble(world)
+        world.counts["seconds"] = round(time.monotonic() - began)
         return await world.finish(within=PATIENCE_SECONDS)
 
 

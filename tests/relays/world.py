@@ -33,6 +33,23 @@ class Judge(checker.Run):
         self.crashes = [(line["began"], line["t"] + AFTERMATH_MS) for line in faults]
         self.frozen = self.crashes
 
+    def _explained(
+        self, endpoint: str, id_: str, request: checker.Request, following: checker.Request
+    ) -> bool:
+        """Besides: what a relay met that was taken for dead is not kept, whatever the next one meets."""
+        return super()._explained(endpoint, id_, request, following) or self._crashed(
+            request.at, self._until(request)
+        )
+
+    def _accounts(self, endpoint: str, id_: str, requests: list[checker.Request]) -> None:
+        """Of an attempt that two relays made, the account is of one of the two."""
+
+        def is_told(request: checker.Request) -> bool:
+            account = self._account(id_, endpoint, request.line["attempt"])
+            return account is not None and account["status"] == request.line["status"]
+
+        super()._accounts(endpoint, id_, sorted(requests, key=is_told))
+
 
 class Relay:
     """One of them."""
