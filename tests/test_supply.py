@@ -30,7 +30,7 @@ EXTRAS = PROJECT["project"]["optional-dependencies"]
 PIN = re.compile(r"([A-Za-z0-9._-]+)(?:\[[a-z,]+\])?==(\S+)(?: ; (.*?))?((?: --hash=sha256:[0-9a-f]{64})+)")
 WANTED = {
     "ci": PROJECT["project"]["dependencies"] + EXTRAS["dev"],
-    "image": PROJECT["project"]["dependencies"] + EXTRAS["uvloop"],
+    "image": PROJECT["project"]["dependencies"] + EXTRAS["uvloop"] + EXTRAS["postgres"],
     "build": PROJECT["build-system"]["requires"],
 }
 
