@@ -29,6 +29,7 @@ from tests.bench.receiver import ANSWER
 from tests.bench.report import verdict
 from tests.bench.rounds import run
 from tests.bench.stage import SECRET, Options, open_stage, python
+from tests.process import unmeasured
 
 ROOT = Path(__file__).parent.parent
 
@@ -225,7 +226,9 @@ def test_a_verdict_says_which_bound_was_kept(*, at_least: bool, median: float, s
 
 def bench(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     command = python("tests.bench", *arguments)
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    finished = subprocess.run(
+        command, cwd=ROOT, env=unmeasured(), capture_output=True, text=True, timeout=300, check=False
+    )
     assert finished.returncode == code, finished.stderr
     return finished
 

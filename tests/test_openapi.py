@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from relay.config.endpoint import CONFIG_ALONE
 from relay.config.settings import DeliverySettings, EndpointSettings
 from relay.formats import FORMATS
 from relay.signing import SCHEMES
-from tests.process import RelayProcess, relay_process
+from tests.process import RelayProcess, relay_process, unmeasured
 from tests.receiver import Receiver
 
 TOKEN = "sk_fuzzed"
@@ -194,7 +195,15 @@ async def fuzz(
         *("--generation-deterministic", "--no-color"),
     ]
     done = await asyncio.to_thread(
-        subprocess.run, command, cwd=relay.folder, capture_output=True, text=True, timeout=FUZZ_SECONDS
+        partial(
+            subprocess.run,
+            command,
+            cwd=relay.folder,
+            env=unmeasured(),
+            capture_output=True,
+            text=True,
+            timeout=FUZZ_SECONDS,
+        )
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"event":"request_failed"' not in relay.log

@@ -4,12 +4,12 @@ What may happen there is in `tests/simulation/plan.py`, what must hold in `judge
 `python -m tests.simulation --seeds 1000`.
 """
 
-import os
 import subprocess
 import sys
 
 import pytest
 
+from tests.process import unmeasured
 from tests.simulation.faults import FAULTS
 
 # A little less than a minute, so that the last world ends in time.
@@ -19,9 +19,10 @@ EVERY = 3
 
 def simulate(*arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:
     """Run the simulation apart from this process, whose loop and chance are real; unmeasured, for speed."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     command = [sys.executable, "-m", "tests.simulation", *arguments]
-    ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=seconds, check=False)
+    ran = subprocess.run(
+        command, env=unmeasured(), capture_output=True, text=True, timeout=seconds, check=False
+    )
     print(ran.stdout, ran.stderr)
     return ran
 

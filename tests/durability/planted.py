@@ -237,6 +237,6 @@ background: list[Any] = []  # tasks that nobody else holds
 
 
 def receipt_of(submission: Any) -> Any:
-    from relay.outbox.commit import _receipt
+    from relay.outbox.accepting import _receipt
 
     return _receipt(submission, duplicate=False)

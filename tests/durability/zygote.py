@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tests.durability import shim
+from tests.process import unmeasured
 
 ROOT = Path(__file__).parents[2]
 PR_SET_PDEATHSIG = 1
@@ -46,7 +47,7 @@ class Zygote:
 
     async def __aenter__(self) -> Self:
         # Its relays are killed on purpose, so measuring their coverage would only make them slow.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+        environment = unmeasured()
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
