@@ -36,7 +36,7 @@ description = "A post did not get through."
 """
 
 FUZZ_SECONDS = 150  # a third of that on two cores of its own
-EXAMPLES = 6  # for each operation and phase
+EXAMPLES = 4  # for each operation and phase
 # Left out: positive_data_acceptance, because rules about what else there is (ids, catalogue, ports) are no
 # schema's; allow_header_conformance, because GET /v1/events/batch is the event of the id "batch".
 CHECKS = (

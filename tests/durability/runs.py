@@ -132,14 +132,14 @@ FAULTS: tuple[Fault, ...] = tuple(
 
 
 async def disk_errors(
-    folder: Path, zygote: Zygote, *, seed: int, faults: Sequence[Fault], again: bool = False
+    folder: Path, zygote: Zygote, *, seed: int, faults: Sequence[Fault], again: bool = False, every: int = 1
 ) -> Result:
-    """Let the nth storage call fail, for every n; `faults` are taken in turn (all of them: give one)."""
+    """Let the nth storage call fail, for each n or some; `faults` in turn (all of them: give one)."""
     result = Result()
 
     async def one(world: World, number: int) -> bool:
         assert world.disk is not None
-        wrong, persistent = faults[number % len(faults)]
+        wrong, persistent = faults[number // every % len(faults)]
         before = world.disk[shim.CALLS]
         world.fail_disk(before + number, wrong, persistent=persistent)
         code = await small(world)
@@ -160,7 +160,7 @@ async def disk_errors(
                 )
         return call is not None
 
-    await for_every_call(folder, zygote, one, result, seed=seed, again=again)
+    await for_every_call(folder, zygote, one, result, seed=seed, again=again, every=every)
     return result
 
 
@@ -181,11 +181,15 @@ async def for_every_call(
     *,
     seed: int,
     again: bool,
+    every: int = 1,
     most: int = 1000,
 ) -> None:
-    """Run the small scenario with something done at call n, for n = 1, 2, … until there is no such call."""
+    """Run the small scenario with something done at call n, for n = 1, 2, … until there is no such call.
+
+    Or for each of so many of them: `every`.
+    """
     result.sampled = False
-    numbers = iter(range(1, most))
+    numbers = iter(range(1, most, every))
     over = asyncio.Event()
 
     async def work() -> None:
