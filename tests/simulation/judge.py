@@ -12,6 +12,7 @@ nothing can be known of those but that they look like time.
 
 # ruff: noqa: A002, C901, FBT001, PLR0917 - handlers take what entries hold, by its names; rules are told in one piece
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -299,6 +300,9 @@ class Judge:
             if owed.endpoint == id_:
                 owed.not_before = min(owed.not_before, latest)
                 owed.surely_not_before = min(owed.surely_not_before, latest)
+                # What is due later by a clock that was set back is waited for, as long as anything may be.
+                wait = min((owed.due_ms - self._entry.wall_ms) / 1000, self._longest(owed, math.inf))
+                owed.at_the_latest = max(owed.at_the_latest, self._noticed + wait)
 
     def _wake_up(self, id_: str, receiver: Receiver) -> None:
         """Find how the endpoint stands on disk among the ways in which it may."""
