@@ -36,13 +36,13 @@ def test_every_promise_is_kept_in_as_many_worlds_as_fit_in_a_minute():
 
 
 @pytest.mark.long
-def test_every_sixth_planted_fault_is_found():
+def test_every_fourth_planted_fault_is_found():
     """A judge that never condemns proves nothing: each breaks a promise in one of the first worlds.
 
     The command finds all of them.
     """
-    ran = simulate("--prove", "--every", "6", seconds=300)
-    planted = len(list(FAULTS)[::6])
+    ran = simulate("--prove", "--every", "4", seconds=300)
+    planted = len(list(FAULTS)[::4])
     assert ran.returncode == 0, ran.stdout
     assert f"{planted} of {planted} planted faults found" in ran.stdout
 
