@@ -67,7 +67,11 @@ async def test_each_kill_between_the_answer_and_its_record_is_one_duplicate(tmp_
 @needs_compiler
 async def test_a_power_cut_takes_nothing_that_was_acknowledged(tmp_path, zygote):
     """Only what was synced is left, or some of the rest in any order."""
-    result = await runs.power_cuts(tmp_path, zygote, cycles=12, seed=5)
+    for seed in (5, 6, 7):  # a cut on a busy machine may find all synced
+        result = await runs.power_cuts(tmp_path / f"{seed}", zygote, cycles=12, seed=seed)
+        healthy(result, "power cuts")
+        if result.counts["blocks"] > 0:
+            break
     assert result.counts["blocks"] > 0, "something unsynced was there to be lost"
     healthy(result, "power cuts")
 
