@@ -84,7 +84,7 @@ async def test_a_full_outbox_refuses_events_records_outcomes_and_recovers_by_its
 
 async def test_at_the_hard_bound_outcomes_wait_and_nothing_is_lost(path, monkeypatch):
     """Whatever the reserve was used up by, the disk stays capped."""
-    monkeypatch.setattr("relay.outbox.room.RESERVED_SHARE", 1 << 60)  # no reserve
+    monkeypatch.setattr("relay.outbox.admission.RESERVED_SHARE", 1 << 60)  # no reserve
     monkeypatch.setattr("relay.outbox.committer.FULL_RETRY_SECONDS", 0.02)
     largest = 1 << 20
     async with open_outbox(path, bounds=Bounds(max_bytes=largest)) as outbox:

@@ -14,7 +14,6 @@ from tests.simulation.faults import FAULTS
 
 # A little less than a minute, so that the last world ends in time.
 SECONDS = 57
-EVERY = 3
 
 
 def simulate(*arguments: str, seconds: float) -> subprocess.CompletedProcess[str]:

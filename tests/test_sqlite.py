@@ -388,8 +388,8 @@ async def test_without_room_the_outcome_is_kept_and_the_news_left_out(path, monk
         await outbox.register(["main", "other"])
         await outbox.accept([submission("a")])
         (a,) = await outbox.claim("main", 1, NOW)
-        monkeypatch.setattr("relay.outbox.room.RESERVED_BYTES", 1 << 60)
-        monkeypatch.setattr("relay.outbox.room.RESERVED_SHARE", 1)
+        monkeypatch.setattr("relay.outbox.admission.RESERVED_BYTES", 1 << 60)
+        monkeypatch.setattr("relay.outbox.admission.RESERVED_SHARE", 1)
         with pytest.raises(FullError):
             await outbox.accept([submission("b")])
         assert await outbox.record(a, attempt(a, "timeout"), DEAD, health=GONE, news=[submission("n")]) == []
@@ -427,8 +427,8 @@ async def test_a_reserve_of_the_disk_is_kept_for_outcomes(path, monkeypatch):
         await outbox.register(["main"])
         await outbox.accept([submission("a")])
         (claimed,) = await outbox.claim("main", 1, NOW)
-        monkeypatch.setattr("relay.outbox.room.RESERVED_BYTES", 1 << 60)
-        monkeypatch.setattr("relay.outbox.room.RESERVED_SHARE", 1)
+        monkeypatch.setattr("relay.outbox.admission.RESERVED_BYTES", 1 << 60)
+        monkeypatch.setattr("relay.outbox.admission.RESERVED_SHARE", 1)
 
         with pytest.raises(FullError, match="there is no room"):
             await outbox.accept([submission("b")])

@@ -12,24 +12,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import aiosqlite
 
 from relay.logs import Seldom
 from relay.model import Receipt, Submission
 from relay.outbox import Committed, ConflictError, FullError
+from relay.outbox.admission import Admission
 from relay.outbox.backup import copy
 from relay.outbox.commit import Batch, Record, Written, write
 from relay.outbox.failures import translated
 from relay.outbox.holding import refuse_moved
+from relay.outbox.promises import Promise, fail, keep
 from relay.outbox.room import Room
 
 log = logging.getLogger("relay.outbox")
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Promise = asyncio.Future[Any]
 
 FULL_RETRY_SECONDS = 1.0
 MEASURE_SECONDS = 0.2  # between two looks at how much is used; the reserve is worth many of them
@@ -69,7 +70,7 @@ class Committer:
         self._path = path
         self._room = room
         self._measured_at = -MEASURE_SECONDS
-        self._refusing = False
+        self._admission = Admission()
         self._settle = settle
         self._committed = committed
         self._seldom = Seldom()
@@ -159,7 +160,7 @@ class Committer:
                 await self._keep_what_must_be_kept(gathered, error)
             except BaseException as error:
                 # Whether the batch is on disk is unknown; only the next start can tell.
-                _break(gathered.accepts + gathered.records + gathered.changes, error)
+                fail(gathered.accepts + gathered.records + gathered.changes, error)
                 raise
             else:
                 self._committed(perf_counter() - begun, gathered.batch.size)
@@ -182,32 +183,12 @@ class Committer:
         """
         refuse_moved(self._path, self.inode)
         if gathered.batch.accepts:
-            self._note(self._refuse_what_does_not_fit(gathered))
-
-    def _refuse_what_does_not_fit(self, gathered: Gathering) -> str | None:
-        """Keep of the accepts those that there is room for, the first first; return why others have to go."""
-        refusal = self._room.refusal_of_disk()
-        fitting, promises, deliveries = [], [], 0
-        for submissions, promise in zip(gathered.batch.accepts, gathered.accepts, strict=True):
-            more = sum(len(each.endpoints) for each in submissions)
-            refusal = refusal or self._room.refusal_of(deliveries + more)
-            if refusal is not None:
-                _break([promise], FullError(refusal))
-            else:
-                deliveries += more
-                fitting.append(submissions)
-                promises.append(promise)
-        gathered.batch.accepts, gathered.accepts = fitting, promises
-        return refusal
-
-    def _note(self, refusal: str | None) -> None:
-        """Say once that events are refused, and once that they are taken again."""
-        if self._refusing != (refusal is not None):
-            self._refusing = refusal is not None
-            if refusal is not None:
-                log.error("outbox_full", extra={"error": refusal})
-            else:
-                log.info("outbox_has_room")
+            of_disk = self._room.refusal_of_disk()
+            gathered.batch.accepts, gathered.accepts = self._admission.admit(
+                gathered.batch.accepts,
+                gathered.accepts,
+                lambda more: of_disk or self._room.refusal_of(more),
+            )
 
     def _is_time_to_measure(self) -> bool:
         now = self._loop.time()
@@ -223,18 +204,18 @@ class Committer:
             self._room.used_bytes = written.used_bytes
         self.last_seq = written.last_seq
         self._settle(gathered.batch, written)
-        _keep(gathered.accepts, written.accepted)
-        _keep(gathered.changes, written.changed)
-        _keep(gathered.records, [None] * len(gathered.records))
+        keep(gathered.accepts, written.accepted)
+        keep(gathered.changes, written.changed)
+        keep(gathered.records, [None] * len(gathered.records))
 
     async def _keep_what_must_be_kept(self, gathered: Gathering, error: FullError) -> None:
         """Refuse what can be submitted again; what was met stays here until there is room for it."""
         self._trouble = str(error)
-        _break(gathered.accepts + gathered.changes, error)
+        fail(gathered.accepts + gathered.changes, error)
         if self._closing:
             # No more time to wait for room: what was met is met again after the next start.
             log.error("outcomes_unrecorded", extra={"unrecorded": len(gathered.records)})
-            _break(gathered.records, error)
+            fail(gathered.records, error)
         elif gathered.records:
             self._gathering.batch.records = gathered.batch.records + self._gathering.batch.records
             self._gathering.records = gathered.records + self._gathering.records
@@ -243,18 +224,6 @@ class Committer:
                 if self._seldom.passes("unrecorded") is not None:
                     log.error("outbox_full", extra={"unrecorded": len(gathered.records)})
                 await asyncio.sleep(FULL_RETRY_SECONDS)
-
-
-def _keep(promises: Sequence[Promise], results: Sequence[Any]) -> None:
-    for promise, result in zip(promises, results, strict=True):
-        if not promise.done():  # who waited may have been cancelled; what was written stays written
-            promise.set_result(result)
-
-
-def _break(promises: Sequence[Promise], error: BaseException) -> None:
-    for promise in promises:
-        if not promise.done():
-            promise.set_exception(error)
 
 
 def _heard(promise: Promise) -> None:

@@ -9,11 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from relay.outbox import Bounds, Size
+from relay.outbox.admission import refusal_of, reserve
 
-# Kept free for the outcomes of what was accepted: the log ahead of the file (1,000 pages), and the file's
-# own growth when that is copied over. Of a small disk or bound it is a share.
-RESERVED_BYTES = 16 << 20
-RESERVED_SHARE = 2
 NEAR_BYTES = 64 << 20  # more than could be written between two measurings
 
 
@@ -43,18 +40,12 @@ class Room:
 
     def refusal_of(self, more: int) -> str | None:
         """Say why so many more deliveries are too many for the bounds that were set, if they are."""
-        largest, most = self._bounds.max_bytes, self._bounds.max_pending
-        if largest is not None and self.used_bytes > largest - _reserve(largest):
-            return (
-                f"{self._path} is full: raise outbox.max_size, or shorten outbox.retention; "
-                "what was accepted goes out"
-            )
-        if most is not None and self._pending() + more > most:
-            return (
-                f"{most} deliveries are pending: raise outbox.max_pending, or see which endpoint takes none; "
-                "what was accepted goes out"
-            )
-        return None
+        return refusal_of(
+            self._bounds,
+            name=str(self._path),
+            used_bytes=self.used_bytes,
+            pending=self._pending() + more,
+        )
 
     def is_near_its_bound(self) -> bool:
         """Tell whether it could be full before it is measured again."""
@@ -67,13 +58,9 @@ class Room:
     def refusal_of_disk(self, more_bytes: int = 0) -> str | None:
         """Say why the disk has no room for so much more, if that is so: a system call."""
         disk = os.statvfs(self._path.parent)
-        if disk.f_bavail * disk.f_frsize >= _reserve(disk.f_blocks * disk.f_frsize) + more_bytes:
+        if disk.f_bavail * disk.f_frsize >= reserve(disk.f_blocks * disk.f_frsize) + more_bytes:
             return None
         return f"there is no room for {self._path}: free some, what was accepted stays safe"
-
-
-def _reserve(whole: int) -> int:
-    return min(RESERVED_BYTES, whole // RESERVED_SHARE)
 
 
 def _length(path: Path) -> int:

@@ -3,9 +3,7 @@
 from asyncpg import Connection
 
 from relay.outbox import Bounds, Size
-
-RESERVED_BYTES = 16 << 20  # kept free for the outcomes of what was accepted; of a small bound it is a share
-RESERVED_SHARE = 2
+from relay.outbox.admission import refusal_of
 
 BYTES = (
     "SELECT coalesce(sum(pg_total_relation_size(c.oid)), 0)::bigint FROM pg_class c"
@@ -44,15 +42,4 @@ class Room:
 
     def refusal(self, more: int = 1) -> str | None:
         """Say in a sentence why so many more deliveries cannot be taken on, if that is so."""
-        largest, most = self._bounds.max_bytes, self._bounds.max_pending
-        if largest is not None and self.bytes > largest - min(RESERVED_BYTES, largest // RESERVED_SHARE):
-            return (
-                f"{self._name} is full: raise outbox.max_size, or shorten outbox.retention; "
-                "what was accepted goes out"
-            )
-        if most is not None and self.pending + more > most:
-            return (
-                f"{most} deliveries are pending: raise outbox.max_pending, or see which endpoint takes none; "
-                "what was accepted goes out"
-            )
-        return None
+        return refusal_of(self._bounds, name=self._name, used_bytes=self.bytes, pending=self.pending + more)

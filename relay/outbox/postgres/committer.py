@@ -19,16 +19,17 @@ from asyncpg import Connection
 from relay.logs import Seldom
 from relay.model import Delivery, Receipt, Submission
 from relay.outbox import AwayError, Committed, ConflictError, FullError, OutboxError
+from relay.outbox.admission import Admission
 from relay.outbox.postgres.bounds import Room
 from relay.outbox.postgres.links import AgainError, Links
 from relay.outbox.postgres.membership import Membership
 from relay.outbox.postgres.watching import Watch
 from relay.outbox.postgres.writing import Batch, Claim, LapsedError, Ours, Record, Written, write
+from relay.outbox.promises import Promise, fail, keep
 
 log = logging.getLogger("relay.outbox")
 
 T = TypeVar("T")
-Promise = asyncio.Future[Any]
 Change = Callable[[Connection], Awaitable[Any]]
 
 RETRY_SECONDS = 0.5  # between two looks whether the database is back
@@ -83,7 +84,7 @@ class Committer:
         self._work = asyncio.Event()
         self._closing = False
         self._trouble: str | None = None
-        self._refusing = False
+        self._admission = Admission()
 
     async def accept(self, submissions: Sequence[Submission]) -> list[Receipt]:
         """Write events, all or none. Raises ConflictError, FullError, AwayError."""
@@ -134,14 +135,16 @@ class Committer:
             for _ in range(GATHERING_PASSES):
                 await asyncio.sleep(0)
             gathered, self._gathering = self._gathering, Gathering()
-            self._refuse_without_room(gathered)
+            gathered.batch.accepts, gathered.accepts = self._admission.admit(
+                gathered.batch.accepts, gathered.accepts, self._room.refusal
+            )
             try:
                 await self._commit(gathered)
             except (AwayError, FullError) as error:
                 await self._keep_what_must_be_kept(gathered, error)
             except BaseException as error:
-                _break([*gathered.accepts, *gathered.records, *gathered.releases], error)
-                _break([promise for _, promise in gathered.changes], error)
+                fail([*gathered.accepts, *gathered.records, *gathered.releases], error)
+                fail([promise for _, promise in gathered.changes], error)
                 raise
 
     async def _commit(self, gathered: Gathering) -> None:
@@ -160,15 +163,15 @@ class Committer:
                 live = written.numbers
                 self.numbers = {id_: each for id_, each in self.numbers.items() if id_ in live}
             self._settle(batch, written)
-            _keep(gathered.accepts, written.accepted)
-            _keep(gathered.records, written.told)
-            _keep(gathered.releases, [None] * len(gathered.releases))
+            keep(gathered.accepts, written.accepted)
+            keep(gathered.records, written.told)
+            keep(gathered.releases, [None] * len(gathered.releases))
             gathered.batch, gathered.accepts, gathered.records = Batch(), [], []
         while gathered.changes:
             change, promise = gathered.changes[0]
             result = await self._changed(change)
             self.well()
-            _keep([promise], [result])
+            keep([promise], [result])
             del gathered.changes[0]
 
     async def _written(self, batch: Batch) -> Written:
@@ -218,38 +221,11 @@ class Committer:
         self._work.set()
         return promise
 
-    def _refuse_without_room(self, gathered: Gathering) -> None:
-        """Keep of the accepts those that there is room for, the first first."""
-        if not gathered.batch.accepts:
-            return
-        refusal = None
-        fitting, promises, deliveries = [], [], 0
-        for submissions, promise in zip(gathered.batch.accepts, gathered.accepts, strict=True):
-            more = sum(len(each.endpoints) for each in submissions)
-            refusal = refusal or self._room.refusal(deliveries + more)
-            if refusal is not None:
-                _break([promise], FullError(refusal))
-            else:
-                deliveries += more
-                fitting.append(submissions)
-                promises.append(promise)
-        gathered.batch.accepts, gathered.accepts = fitting, promises
-        self._note(refusal)
-
-    def _note(self, refusal: str | None) -> None:
-        """Say once that events are refused, and once that they are taken again."""
-        if self._refusing != (refusal is not None):
-            self._refusing = refusal is not None
-            if refusal is not None:
-                log.error("outbox_full", extra={"error": refusal})
-            else:
-                log.info("outbox_has_room")
-
     async def _keep_what_must_be_kept(self, gathered: Gathering, error: OutboxError) -> None:
         """Refuse what can be asked for again; what was met stays here until it can be written."""
         self.unwell(error)
-        _break([*gathered.accepts, *(promise for _, promise in gathered.changes)], error)
-        _keep(gathered.releases, [None] * len(gathered.releases))
+        fail([*gathered.accepts, *(promise for _, promise in gathered.changes)], error)
+        keep(gathered.releases, [None] * len(gathered.releases))
         batch, latest = gathered.batch, self._gathering
         if not batch.records and not batch.releases:
             return
@@ -257,7 +233,7 @@ class Committer:
             # No more time to wait: what was met is met again by whoever claims it next.
             if batch.records:
                 log.error("outcomes_unrecorded", extra={"unrecorded": len(gathered.records)})
-            _break(gathered.records, error)
+            fail(gathered.records, error)
             return
         latest.batch.records = batch.records + latest.batch.records
         latest.batch.releases = batch.releases + latest.batch.releases
@@ -265,15 +241,3 @@ class Committer:
         self._work.set()
         if not gathered.accepts and not gathered.changes:
             await asyncio.sleep(RETRY_SECONDS)
-
-
-def _keep(promises: Sequence[Promise], results: Sequence[Any]) -> None:
-    for promise, result in zip(promises, results, strict=True):
-        if not promise.done():  # who waited may have been cancelled; what was written stays written
-            promise.set_result(result)
-
-
-def _break(promises: Sequence[Promise], error: BaseException) -> None:
-    for promise in promises:
-        if not promise.done():
-            promise.set_exception(error)
